@@ -1,0 +1,103 @@
+// The activations, written once for the CPU kernels and the CUDA epilogues.
+//
+// NaN goes through every one as torch's own clamp and relu let it: a comparison keeps it where
+// fminf would drop it. Nothing here may be contracted to an fma (the build says -fmad=false), so
+// that every kernel rounds alike.
+#pragma once
+
+#include <cmath>
+
+#include "params.h"
+
+#ifdef __CUDACC__
+#define SIMPLE_MOE_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define SIMPLE_MOE_HOST_DEVICE inline
+#endif
+
+namespace simple_moe {
+
+SIMPLE_MOE_HOST_DEVICE float at_most(float x, float limit) { return x > limit ? limit : x; }
+SIMPLE_MOE_HOST_DEVICE float at_least(float x, float limit) { return x < limit ? limit : x; }
+SIMPLE_MOE_HOST_DEVICE float clamp_both(float x, float limit) {
+  return at_least(at_most(x, limit), -limit);
+}
+SIMPLE_MOE_HOST_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+SIMPLE_MOE_HOST_DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
+SIMPLE_MOE_HOST_DEVICE float gelu(float x) {
+  return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+}
+SIMPLE_MOE_HOST_DEVICE float gelu_tanh(float x) {
+  return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+}
+SIMPLE_MOE_HOST_DEVICE float relu(float x) { return at_least(x, 0.0f); }
+
+// alpha, beta and limit of one expert.
+struct ActivationScalars {
+  float alpha, beta, limit;
+};
+
+SIMPLE_MOE_HOST_DEVICE ActivationScalars scalars_of(const ActivationParams& p, int64_t expert) {
+  return {p.expert_alpha ? p.expert_alpha[expert] : p.alpha,
+          p.expert_beta ? p.expert_beta[expert] : p.beta,
+          p.expert_limit ? p.expert_limit[expert] : p.limit};
+}
+
+// kCount values at once, so that the switch is taken once and not per element. `up` is not read by
+// ungated activations. The result replaces `gate`.
+template <int kCount>
+SIMPLE_MOE_HOST_DEVICE void activate(Activation kind, const ActivationScalars& s, float* gate,
+                                     const float* up) {
+#ifdef __CUDACC__
+#define SIMPLE_MOE_EACH _Pragma("unroll") for (int i = 0; i < kCount; ++i)
+#else
+#define SIMPLE_MOE_EACH for (int i = 0; i < kCount; ++i)
+#endif
+  switch (kind) {
+    case Activation::kSwiglu:
+      SIMPLE_MOE_EACH gate[i] = silu(gate[i]) * up[i];
+      break;
+    case Activation::kGeglu:
+      SIMPLE_MOE_EACH gate[i] = gelu(gate[i]) * up[i];
+      break;
+    case Activation::kGegluTanh:
+      SIMPLE_MOE_EACH gate[i] = gelu_tanh(gate[i]) * up[i];
+      break;
+    case Activation::kReglu:
+      SIMPLE_MOE_EACH gate[i] = relu(gate[i]) * up[i];
+      break;
+    case Activation::kSwigluOai:
+      SIMPLE_MOE_EACH {
+        const float g = at_most(gate[i], s.limit);
+        gate[i] = g * sigmoid(s.alpha * g) * (clamp_both(up[i], s.limit) + s.beta);
+      }
+      break;
+    case Activation::kSwigluStep:
+      SIMPLE_MOE_EACH gate[i] = at_most(silu(gate[i]), s.limit) * clamp_both(up[i], s.limit);
+      break;
+    case Activation::kSitu:
+      SIMPLE_MOE_EACH gate[i] = s.beta * tanhf(gate[i] / s.beta) * sigmoid(gate[i]) *
+                                (s.limit * tanhf(up[i] / s.limit));
+      break;
+    case Activation::kSilu:
+      SIMPLE_MOE_EACH gate[i] = silu(gate[i]);
+      break;
+    case Activation::kGelu:
+      SIMPLE_MOE_EACH gate[i] = gelu(gate[i]);
+      break;
+    case Activation::kGeluTanh:
+      SIMPLE_MOE_EACH gate[i] = gelu_tanh(gate[i]);
+      break;
+    case Activation::kRelu:
+      SIMPLE_MOE_EACH gate[i] = relu(gate[i]);
+      break;
+    case Activation::kRelu2:
+      SIMPLE_MOE_EACH gate[i] = relu(gate[i]) * relu(gate[i]);
+      break;
+    case Activation::kIdentity:
+      break;
+  }
+#undef SIMPLE_MOE_EACH
+}
+
+}  // namespace simple_moe

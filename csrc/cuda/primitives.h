@@ -1,0 +1,25 @@
+// The CUDA primitives' launchers, one per operator of the same name. All run on `stream` of the
+// current device, allocate nothing and never wait for the device.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+
+namespace simple_moe::cuda {
+
+// Whether topk_route needs TopkRoute::keys, and how long SortByExpert::counts must be.
+bool topk_route_needs_keys(const TopkRoute& p);
+int64_t sort_by_expert_counts(int64_t slots, int64_t experts);
+
+void topk_route(const TopkRoute& p, cudaStream_t stream);
+void sort_by_expert(const SortByExpert& p, cudaStream_t stream);
+void grouped_gemm(const GroupedGemm& p, cudaStream_t stream);
+void grouped_gemm_wgrad(const GroupedGemmWgrad& p, cudaStream_t stream);
+void combine(const Combine& p, cudaStream_t stream);
+
+// out = activation(h1 + bias) over the rows of one expert: the cublas backend's epilogue.
+void grouped_gemm_epilogue(const GroupedGemm& p, const float* product, int64_t first_row,
+                           int64_t rows, int64_t expert, cudaStream_t stream);
+
+}  // namespace simple_moe::cuda

@@ -1,0 +1,119 @@
+// One parameter struct per primitive: filled once in a binding, passed down whole.
+// Plain C++, no torch: the bindings, the CPU kernels, the CUDA kernels and the emulator share it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace simple_moe {
+
+enum class DType : int { kFloat32, kFloat16, kBFloat16 };
+
+inline size_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// A tensor whose dtype is only known at run time (a bias, the routing weights). Null: not there.
+struct Floats {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+enum class Activation : int {
+  // Gated: two branches, gate and up, joined to one.
+  kSwiglu, kGeglu, kGegluTanh, kReglu, kSwigluOai, kSwigluStep, kSitu,
+  // Ungated.
+  kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kIdentity,
+};
+
+inline bool is_gated(Activation activation) { return activation <= Activation::kSitu; }
+
+// How the two branches lie in w1's rows.
+enum class GateLayout : int { kGateUp, kUpGate, kInterleaved };
+
+// alpha, beta, limit: one value for all experts, or a float32 [E] where the pointer is set.
+struct ActivationParams {
+  Activation kind = Activation::kIdentity;
+  float alpha = 0, beta = 0, limit = 0;
+  const float* expert_alpha = nullptr;
+  const float* expert_beta = nullptr;
+  const float* expert_limit = nullptr;
+};
+
+// Scores -> the K best experts of each token. SPEC of the order: score + bias descending, ties to
+// the lower id, NaN last.
+struct TopkRoute {
+  const void* logits;  // [tokens, experts], contiguous
+  DType dtype;
+  Floats bias;  // [experts] or null
+  int64_t tokens, experts;
+  int topk;
+  bool sigmoid, renormalize;
+  int num_groups, topk_groups;
+  float scaling;
+  float* weights;   // [tokens, topk]
+  int32_t* ids;     // [tokens, topk]
+  uint32_t* keys;   // scratch [tokens, experts + num_groups] where shared memory is too small
+};
+
+// A stable counting sort of the slots by local expert.
+struct SortByExpert {
+  const void* topk_ids;  // [slots], contiguous
+  bool ids_are_int64;
+  int64_t slots, experts, expert_offset;
+  int32_t* expert_offsets;  // [experts + 1]
+  int32_t* sorted_slots;    // [slots]
+  int32_t* slot_rows;       // [slots] or null: where a slot went, -1 if its expert is not held here
+  int32_t* counts;          // scratch, sort_scratch_elements() of them
+};
+
+// out[r] = epilogue(a[row(r)] @ b[e].T) for expert_offsets[e] <= r < expert_offsets[e + 1]:
+//   + bias[e], then the activation, then * slot_weights[sorted_slots[r]], each where it is set.
+// Other rows of out are left alone, or zeroed with `zero_other_rows`.
+struct GroupedGemm {
+  DType dtype, out_dtype;
+  const void* a;
+  int64_t a_stride;             // elements between rows; the columns are contiguous
+  int64_t rows;                 // of out
+  int64_t n, k;                 // columns of out; length of the dot products
+  int64_t experts;
+  const int32_t* expert_offsets;  // [experts + 1]; malformed ones are clamped (see row_range)
+  const int32_t* sorted_slots;  // [rows] or null
+  int gather_topk;              // 0: row(r) = r; else row(r) = sorted_slots[r] / gather_topk
+  const void* b;                // [experts, n or 2 n when gated, k]; one of the two strides is 1
+  int64_t b_expert_stride, b_row_stride, b_col_stride;
+  Floats bias;                  // [experts, n or 2 n]
+  ActivationParams activation;
+  GateLayout gate_layout;
+  Floats slot_weights;          // indexed by sorted_slots[r]
+  void* out;                    // [rows, n], contiguous rows out_stride apart
+  int64_t out_stride;
+  bool zero_other_rows;
+};
+
+// out[e] = a[rows of e].T @ b[rows of e]: the gradient of grouped_gemm's b.
+struct GroupedGemmWgrad {
+  DType dtype, out_dtype;
+  const void* a;  // [rows, m]
+  const void* b;  // [rows, n]
+  int64_t a_stride, b_stride;
+  int64_t rows, m, n, experts;
+  const int32_t* expert_offsets;
+  void* out;  // [experts, m, n]
+};
+
+// out[t] = sum over k, ascending, of weights[t, k] * rows[slot_rows[t, k]] where that is >= 0.
+struct Combine {
+  DType dtype, out_dtype;
+  const void* expert_out;  // [rows, hidden]
+  int64_t expert_out_stride;
+  int64_t tokens, hidden, rows;
+  int topk;
+  Floats weights;  // [tokens, topk], or null: the rows are weighted already
+  // Where slot t * topk + k went. Given by sort_by_expert, or made from the two below.
+  int32_t* slot_rows;
+  const int32_t* sorted_slots;    // null: slot_rows is filled already
+  const int32_t* expert_offsets;  // with sorted_slots
+  int64_t experts;
+  void* out;  // [tokens, hidden], contiguous
+};
+
+}  // namespace simple_moe
