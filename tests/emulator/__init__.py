@@ -1,0 +1,254 @@
+"""Runs the CUDA kernels' own source on the CPU, in a process of its own.
+
+    emulator = Emulator(build())
+    offsets, slots, rows = emulator.sort_by_expert(topk_ids, num_experts)
+
+g++ compiles csrc/cuda/*.cu with emulator.h in the place of CUDA and with AddressSanitizer. The
+threads of a block take turns in an order that follows from `seed`.
+"""
+
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from moe_ops import reference
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "emulator"
+FLAGS = (
+    "-std=c++20 -O1 -g1 -fsanitize=address,alignment -fno-sanitize-recover=all -ffp-contract=off"
+    " -Wall -Wextra -Wno-unknown-pragmas"
+).split()
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# As the enumerations of params.h number them.
+ACTIVATIONS = list(reference.ACTIVATIONS)
+GATE_LAYOUTS = list(reference.GATE_LAYOUTS)
+TIMEOUT = 120  # seconds for one request
+
+
+class EmulatorError(RuntimeError):
+    """What the kernels did wrong: ASan's story, a deadlock, a launcher's exception."""
+
+
+# ---- build ----
+
+
+def _with_includes(tree: Path, path: Path, seen: dict) -> dict:
+    """The file and all it includes by name, with their texts."""
+    seen[path.relative_to(tree)] = text = path.read_text()
+    for name in re.findall(r'#include "([^"]+)"', text):
+        for folder in (path.parent, tree / "csrc"):
+            included = Path(os.path.normpath(folder / name))
+            if included.exists() and included.relative_to(tree) not in seen:
+                _with_includes(tree, included, seen)
+    return seen
+
+
+def _key(*parts) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]
+
+
+def _run_compiler(command: list, output: Path) -> None:
+    """Another process may want the same file: it appears under its name when it's whole."""
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        unfinished = Path(folder) / output.name
+        command = [*command, "-o", unfinished]
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stderr[:8000]}")
+        os.replace(unfinished, output)
+
+
+def _compile(tree: Path, source: Path) -> Path:
+    forced = tree / "tests/emulator/emulator.h"
+    texts = _with_includes(tree, source, _with_includes(tree, forced, {}))
+    output = BUILD / f"{source.stem}-{_key(FLAGS, sorted(texts.items()))}.o"
+    if not output.exists():
+        includes = ["-I", tree / "tests/emulator/stubs", "-I", tree / "csrc", "-include", forced]
+        _run_compiler(["g++", *FLAGS, *includes, "-x", "c++", "-c", source], output)
+    return output
+
+
+def build(mutations: dict[str, tuple[str, str]] | None = None) -> Path:
+    """The emulator's program. `mutations`, {"csrc/cuda/foo.cu": (old text, new text)}, plants bugs
+    in a copy of the tree."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as copy:
+        tree = ROOT
+        if mutations:
+            tree = Path(copy)
+            for path in [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("tests/emulator/**/*.*")]:
+                if path.suffix not in (".cu", ".cuh", ".cpp", ".h"):
+                    continue
+                name = path.relative_to(ROOT)
+                text = path.read_text()
+                if str(name) in mutations:
+                    old, new = mutations[str(name)]
+                    assert old in text, f"{name} has no {old!r}"
+                    text = text.replace(old, new, 1)
+                (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                (tree / name).write_text(text)
+        sources = [tree / "tests/emulator" / f for f in ("driver.cpp", "fibers.cpp", "toys.cu")]
+        sources += sorted((tree / "csrc/cuda").rglob("*.cu"))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda source: _compile(tree, source), sources))
+        program = BUILD / f"emulator-{_key(*objects)}"
+        if not program.exists():
+            _run_compiler(["g++", "-fsanitize=address,alignment", *objects], program)
+        return program
+
+
+# ---- run ----
+
+
+def _storage(t: torch.Tensor) -> torch.Tensor:
+    """A strided tensor's memory from its first element to its last."""
+    if t.numel() == 0:
+        return t.new_empty(0)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+    return t.as_strided((span,), (1,))
+
+
+class Emulator:
+    """Any keyword that a method doesn't name goes to `run`."""
+
+    def __init__(self, program: Path):
+        self.program = program
+        self.process = None
+
+    def close(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.stderr.close()
+            self.process = None
+
+    def run(self, operator, scalars, inputs, outputs, *, seed=0, sm_count=3,
+            smem_per_block=227 << 10, smem_per_sm=228 << 10, offsets=None):  # fmt: skip
+        """`outputs` are tensors to take shape, strides and dtype from. `offsets`: by how many
+        bytes an array misses alignment."""
+        if not self.process:
+            self.stderr = tempfile.TemporaryFile()
+            options = "detect_leaks=0:detect_stack_use_after_return=0:redzone=256"
+            self.process = subprocess.Popen(
+                [self.program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr,
+                env={**os.environ, "ASAN_OPTIONS": options},
+            )  # fmt: skip
+        inputs = {name: t for name, t in inputs.items() if t is not None}
+        scalars = {**scalars, "seed": seed, "sm_count": sm_count,
+                   "smem_per_block": smem_per_block, "smem_per_sm": smem_per_sm}  # fmt: skip
+        lines = [f"{operator} {len(scalars)} {len(inputs) + len(outputs)}"]
+        lines += [f"{name} {float(value)!r}" for name, value in scalars.items()]
+        data = b""
+        for kind, tensors in (("in", inputs), ("out", outputs)):
+            for name, t in tensors.items():
+                memory = _storage(t)
+                lines.append(f"{name} {kind} {DTYPES.get(t.dtype, -1)} {memory.nbytes}"
+                             f" {(offsets or {}).get(name, 0)}")  # fmt: skip
+                data += bytes(memory.view(torch.uint8).numpy()) if kind == "in" else b""
+        timer = threading.Timer(TIMEOUT, self.process.kill)
+        timer.start()
+        try:
+            self.process.stdin.write("\n".join(lines).encode() + b"\n" + data)
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline().decode().strip()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            timer.cancel()
+        if answer != "ok":
+            if not answer:
+                self.process.wait()
+                self.stderr.seek(0)
+                answer = f"exit {self.process.returncode}: {self.stderr.read(6000).decode()}"
+                self.close()
+            raise EmulatorError(answer)
+        results = []
+        for t in outputs.values():
+            memory = _storage(t)
+            read = self.process.stdout.read(memory.nbytes)
+            flat = torch.frombuffer(bytearray(read), dtype=t.dtype) if read else memory
+            results.append(flat.as_strided(t.shape, t.stride()))
+        return results[0] if len(results) == 1 else results
+
+    # ---- the operators ----
+
+    def topk_route(self, logits, topk, *, bias=None, scoring="softmax", renormalize=True,
+                   num_groups=1, topk_groups=1, scaling=1.0, **machine):  # fmt: skip
+        tokens, experts = logits.shape
+        scalars = dict(tokens=tokens, experts=experts, topk=topk, sigmoid=scoring == "sigmoid",
+                       renormalize=renormalize, num_groups=num_groups, topk_groups=topk_groups,
+                       scaling=scaling)  # fmt: skip
+        outputs = dict(weights=torch.empty(tokens, topk),
+                       ids=torch.empty(tokens, topk, dtype=torch.int32))  # fmt: skip
+        return self.run("topk_route", scalars, dict(logits=logits, bias=bias), outputs, **machine)
+
+    def sort_by_expert(self, topk_ids, num_experts, expert_offset=0, **machine):
+        """Gives the slots' rows too."""
+        slots = topk_ids.numel()
+        scalars = dict(slots=slots, experts=num_experts, expert_offset=expert_offset,
+                       ids_are_int64=topk_ids.dtype == torch.int64)  # fmt: skip
+        sizes = dict(expert_offsets=num_experts + 1, sorted_slots=slots, slot_rows=slots)
+        outputs = {k: torch.empty(size, dtype=torch.int32) for k, size in sizes.items()}
+        return self.run("sort_by_expert", scalars, dict(topk_ids=topk_ids), outputs, **machine)
+
+    def grouped_gemm(self, a, b, expert_offsets, *, rows=None, bias=None, sorted_slots=None,
+                     gather_topk=0, activation="identity", gate_layout="gate_up",
+                     alpha=None, beta=None, limit=None, slot_weights=None, out_dtype=None,
+                     out_padding=0, zero_other_rows=True, **machine):  # fmt: skip
+        """alpha, beta, limit: tensors, one value per expert. `out_padding`: elements between
+        rows."""
+        experts, n, k = b.shape
+        entry = reference.ACTIVATIONS[activation]
+        n //= 2 if entry.gated else 1
+        rows = a.shape[0] if rows is None else rows
+        inputs = dict(a=a, b=b, expert_offsets=expert_offsets, sorted_slots=sorted_slots,
+                      bias=bias, slot_weights=slot_weights, expert_alpha=alpha,
+                      expert_beta=beta, expert_limit=limit)  # fmt: skip
+        scalars = dict(a_stride=a.stride(0), rows=rows, n=n, k=k, experts=experts,
+                       gather_topk=gather_topk, b_expert_stride=b.stride(0),
+                       b_row_stride=b.stride(1), b_col_stride=b.stride(2),
+                       activation=ACTIVATIONS.index(activation),
+                       gate_layout=GATE_LAYOUTS.index(gate_layout), out_stride=n + out_padding,
+                       zero_other_rows=zero_other_rows,
+                       **dict(alpha=0, beta=0, limit=0) | entry.defaults)  # fmt: skip
+        out = torch.empty_strided((rows, n), (n + out_padding, 1), dtype=out_dtype or a.dtype)
+        return self.run("grouped_gemm", scalars, inputs, dict(out=out), **machine)
+
+    def grouped_gemm_wgrad(self, a, b, expert_offsets, *, out_dtype=None, **machine):
+        (rows, m), n, experts = a.shape, b.shape[1], expert_offsets.numel() - 1
+        scalars = dict(a_stride=a.stride(0), b_stride=b.stride(0), rows=rows, m=m, n=n,
+                       experts=experts)  # fmt: skip
+        inputs = dict(a=a, b=b, expert_offsets=expert_offsets)
+        out = torch.empty(experts, m, n, dtype=out_dtype or a.dtype)
+        return self.run("grouped_gemm_wgrad", scalars, inputs, dict(out=out), **machine)
+
+    def combine(self, expert_out, weights, *, tokens, topk, slot_rows=None, sorted_slots=None,
+                expert_offsets=None, out_dtype=None, **machine):  # fmt: skip
+        rows, hidden = expert_out.shape
+        experts = 0 if expert_offsets is None else expert_offsets.numel() - 1
+        scalars = dict(expert_out_stride=expert_out.stride(0), tokens=tokens, hidden=hidden,
+                       rows=rows, topk=topk, experts=experts)  # fmt: skip
+        inputs = dict(expert_out=expert_out, weights=weights, slot_rows=slot_rows,
+                      sorted_slots=sorted_slots, expert_offsets=expert_offsets)  # fmt: skip
+        out = torch.empty(tokens, hidden, dtype=out_dtype or expert_out.dtype)
+        return self.run("combine", scalars, inputs, dict(out=out), **machine)
+
+    # ---- the emulator's own ----
+
+    def toy_gemm(self, a, b, *, b_is_k_by_n=False, **machine):
+        n = b.shape[1 if b_is_k_by_n else 0]
+        scalars = dict(m=a.shape[0], n=n, k=a.shape[1], b_is_k_by_n=b_is_k_by_n)
+        out = torch.empty(a.shape[0], n)
+        return self.run("toy_gemm", scalars, dict(a=a, b=b), dict(out=out), **machine)
+
+    def toy_scan(self, x, **machine):
+        return self.run("toy_scan", dict(n=x.numel()), dict(x=x), dict(out=x), **machine)

@@ -1,0 +1,19 @@
+// Kernels of the emulator's own, small enough to see that it's the emulator that is right.
+#pragma once
+
+#include <cstdint>
+
+namespace simple_moe {
+
+struct bf16;
+
+namespace toys {
+
+// out[m, n] = a[m, k] @ b, where b is [n, k] or [k, n]. m, n, k: multiples of 16, 8 * 2, 16.
+void gemm(const bf16* a, const bf16* b, float* out, int m, int n, int k, bool b_is_k_by_n);
+
+// The inclusive prefix sum of up to 1024 values.
+void scan(const int* x, int* out, int n);
+
+}  // namespace toys
+}  // namespace simple_moe

@@ -1,0 +1,211 @@
+"""Gradients against float64 autograd through the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import BAD_INPUT, DTYPES, assert_accurate, reproducible, require_gradients
+from hypothesis import given
+from strategies import ROUTINGS, CombineCase, GemmCase, MoeCase, RouteCase, moe_cases
+
+import moe_ops
+from moe_ops import reference
+
+# A backward pass multiplies what the forward pass rounded: about twice its error.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+LAYER = ["x", "w1", "w2", "b1", "b2", "topk_weights"]
+
+
+def gradients(outputs, leaves, grad_outputs):
+    """Zeros where an input has no part in the output."""
+    if not outputs.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return torch.autograd.grad(
+        outputs, leaves, grad_outputs, allow_unused=True, materialize_grads=True
+    )
+
+
+def compare(operator, oracle, arguments: dict, names: list[str], dtype: torch.dtype) -> None:
+    """Gradients of the named arguments, from both, for one random gradient of the output."""
+    leaves = require_gradients(arguments, names)
+    out = operator(**arguments)
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
+    got = gradients(out, leaves, grad)
+
+    exact = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    for name in names:
+        if exact.get(name) is not None:
+            exact[name] = exact[name].double()
+    exact_leaves = require_gradients(exact, names)
+    if "output_dtype" in exact:
+        exact["output_dtype"] = torch.float64
+    expected = gradients(oracle(**exact, compute_dtype=torch.float64), exact_leaves, grad.double())
+
+    present = [name for name in names if arguments.get(name) is not None]
+    for name, leaf, a, b in zip(present, leaves, got, expected, strict=True):
+        assert a.shape == leaf.shape and a.dtype == leaf.dtype, name
+        assert_accurate(a, b, max(TOLERANCE[dtype], TOLERANCE[a.dtype]), f"gradient of {name}")
+
+
+@reproducible
+def check_layer(case: MoeCase, device: str) -> None:
+    compare(moe_ops.fused_moe, reference.fused_moe, case.arguments(device), LAYER, case.dtype)
+
+
+@given(case=moe_cases())
+def test_any_case(case, device):
+    check_layer(case, device)
+
+
+@pytest.mark.parametrize("gate_layout", reference.GATE_LAYOUTS)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_activations(activation, gate_layout, device):
+    for parameters in (None, "number", "tensor"):
+        case = MoeCase(
+            activation=activation, gate_layout=gate_layout, parameters=parameters, bias="float32"
+        )
+        check_layer(case, device)
+
+
+@pytest.mark.parametrize("activation", ["swiglu_oai", "swiglu_step", "situ"])
+def test_limits_that_bite(activation, device):
+    """Inputs ten times larger: clamped values have no gradient."""
+    arguments = MoeCase(activation=activation, tokens=50).arguments(device)
+    arguments["x"] *= 10
+    compare(moe_ops.fused_moe, reference.fused_moe, arguments, LAYER, torch.float32)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_routings_and_dtypes(dtype, routing, device):
+    check_layer(MoeCase(dtype=dtype, routing=routing, topk=3, tokens=50, bias="as x"), device)
+
+
+@pytest.mark.parametrize("name", LAYER)
+def test_one_gradient_alone(name, device):
+    """What isn't wanted isn't computed, and changes nothing in what is."""
+    arguments = MoeCase(bias="float32").arguments(device)
+    compare(moe_ops.fused_moe, reference.fused_moe, arguments, [name], torch.float32)
+
+
+def test_router_logits_through_the_whole_layer(device):
+    arguments = MoeCase(tokens=40, experts=16).arguments(device)
+    logits = torch.randn(40, 16, generator=torch.Generator().manual_seed(3)).to(device)
+    for name in ("w1", "w2"):
+        arguments[name] = arguments[name].nan_to_num()
+    del arguments["topk_weights"], arguments["topk_ids"]
+
+    def oracle(router_logits, compute_dtype, **rest):
+        weights, ids = reference.topk_route(router_logits, 4, compute_dtype=compute_dtype)
+        return reference.fused_moe(
+            topk_weights=weights, topk_ids=ids, compute_dtype=compute_dtype, **rest
+        )
+
+    def fused(router_logits, **rest):
+        weights, ids = moe_ops.topk_route(router_logits, 4)
+        return moe_ops.fused_moe(topk_weights=weights, topk_ids=ids, **rest)
+
+    arguments["router_logits"] = logits
+    compare(fused, oracle, arguments, ["router_logits", "x"], torch.float32)
+
+
+@pytest.mark.parametrize("scoring", reference.SCORINGS)
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("kind", ["normal", "ties", "nan"])
+def test_topk_route(kind, renormalize, scoring, device):
+    case = RouteCase(
+        kind=kind, scoring=scoring, renormalize=renormalize, correction_bias="integers",
+        num_groups=4, topk_groups=2, scaling=2.5,
+    )  # fmt: skip
+    arguments = case.arguments(device)
+    if kind == "nan":  # Row 1 is NaN from end to end.
+        arguments["router_logits"] = arguments["router_logits"][2:]
+    compare(
+        lambda **kw: moe_ops.topk_route(**kw)[0],
+        lambda **kw: reference.topk_route(**kw)[0],
+        arguments,
+        ["router_logits"],
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("offsets", ["uniform", "idle", "partial", "malformed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_gemm(dtype, offsets, device):
+    arguments = GemmCase(dtype=dtype, offsets=offsets, bias="float32", rows=70).arguments(device)
+    names = ["a", "b", "bias"]
+    compare(moe_ops.grouped_gemm, reference.grouped_gemm, arguments, names, dtype)
+
+
+@pytest.mark.parametrize("routing", ["uniform", "masked", "duplicated"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_combine(dtype, routing, device):
+    arguments = CombineCase(MoeCase(dtype=dtype, routing=routing, topk=3)).arguments(device)
+    names = ["expert_out", "topk_weights"]
+    compare(moe_ops.combine, reference.combine, arguments, names, dtype)
+
+
+def test_grouped_gemm_wgrad_is_differentiable_or_raises(device):
+    arguments = GemmCase().wgrad_arguments(device)
+    leaves = require_gradients(arguments, ["a", "b"])
+    try:
+        out = moe_ops.grouped_gemm_wgrad(**arguments)
+        got = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    except BAD_INPUT as error:
+        assert "wgrad" in str(error)
+        return
+    expected_out = reference.grouped_gemm_wgrad(**arguments, compute_dtype=torch.float64)
+    expected = torch.autograd.grad(expected_out, leaves, torch.ones_like(expected_out))
+    for a, b in zip(got, expected, strict=True):
+        assert_accurate(a, b.double(), 2e-5)
+
+
+def test_second_derivatives_raise_or_are_right(device):
+    arguments = MoeCase().arguments(device)
+    (x,) = require_gradients(arguments, ["x"])
+    out = moe_ops.fused_moe(**arguments)
+    try:
+        (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+    except BAD_INPUT:
+        return
+    out = reference.fused_moe(**arguments, compute_dtype=torch.float64)
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    (expected,) = torch.autograd.grad(first.square().sum(), x)
+    assert_accurate(second, expected.double(), 1e-4)
+
+
+def test_out_with_a_gradient_raises(device):
+    arguments = MoeCase().arguments(device)
+    out = torch.empty_like(arguments["x"])
+    require_gradients(arguments, ["w1"])
+    with pytest.raises(BAD_INPUT, match="out"):
+        moe_ops.fused_moe(**arguments, out=out)
+    with torch.no_grad():
+        assert moe_ops.fused_moe(**arguments, out=out) is out
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta", "limit"])
+def test_a_parameter_that_wants_a_gradient_raises(name, device):
+    case = MoeCase(activation="swiglu_oai", parameters="tensor")
+    arguments = case.arguments(device)
+    require_gradients(arguments, [name])
+    with pytest.raises(BAD_INPUT, match=name):
+        moe_ops.fused_moe(**arguments).sum().backward()
+
+
+def test_integers_have_no_gradient(device):
+    logits = torch.randn(4, 8, device=device, requires_grad=True)
+    weights, ids = moe_ops.topk_route(logits, 2)
+    assert weights.requires_grad and not ids.requires_grad
+
+
+def test_gradients_are_the_same_twice(device):
+    def run():
+        arguments = MoeCase(tokens=60, bias="float32", seed=4).arguments(device)
+        leaves = require_gradients(arguments, LAYER)
+        return torch.autograd.grad(moe_ops.fused_moe(**arguments).sum(), leaves)
+
+    for a, b in zip(run(), run(), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,363 @@
+"""The CUDA kernels' own source, run on the CPU under AddressSanitizer (tests/emulator).
+
+Where values are small integers every sum is exact, whatever its order: results are then compared
+bit for bit.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from emulator import Emulator, EmulatorError, build
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from moe_ops import reference
+
+FLOATS = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+MACHINES = st.fixed_dictionaries(
+    dict(
+        seed=st.integers(0, 1 << 30),
+        sm_count=st.sampled_from([1, 3, 132]),
+        # What an A100, an RTX 3090 and an H100 have.
+        smem_per_block=st.sampled_from([163 << 10, 99 << 10, 227 << 10]),
+    )
+)
+SEEDS = st.integers(0, 1 << 30)
+EPSILON = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def examples(count):
+    return settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    emulator = Emulator(build())
+    yield emulator
+    emulator.close()
+
+
+def twice(operator, *args, seed=0, **kwargs):
+    """The same bits whatever order the threads take turns in."""
+    first = operator(*args, seed=seed, **kwargs)
+    second = operator(*args, seed=seed + 1, **kwargs)
+    for x, y in zip(first, second) if isinstance(first, list) else [(first, second)]:
+        assert torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+    return first
+
+
+class Random:
+    def __init__(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def integers(self, *shape, low=-2, high=2, dtype=torch.float32):
+        return torch.randint(low, high + 1, shape, generator=self.generator).to(dtype)
+
+    def normal(self, *shape, dtype=torch.float32):
+        return torch.randn(shape, generator=self.generator).to(dtype)
+
+    def expert_offsets(self, experts, rows, kind):
+        if kind == "malformed":
+            return self.integers(experts + 1, low=-5, high=rows + 5, dtype=torch.int32)
+        favourite = self.integers(1, low=0, high=experts - 1, dtype=torch.int64)
+        ids = self.integers(rows, low=0, high=experts, dtype=torch.int64)  # `experts`: not here
+        if kind == "skewed":
+            ids = torch.where(self.integers(rows, low=0, high=3) > 0, favourite, ids)
+        counts = torch.bincount(ids, minlength=experts + 1)[:experts]
+        return torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
+
+
+OFFSETS = st.sampled_from(["even", "skewed", "malformed"])
+
+
+def held_rows(expert_offsets, rows):
+    held = torch.zeros(rows, dtype=torch.bool)
+    for of_expert in reference.row_ranges(expert_offsets, rows):
+        held[of_expert] = True
+    return held
+
+
+# ---- the emulator itself ----
+
+
+@pytest.mark.parametrize("b_is_k_by_n", [False, True])
+def test_toy_gemm(emulator, b_is_k_by_n):
+    random = Random(0)
+    a, b = (random.integers(rows, 64, dtype=torch.bfloat16) for rows in (48, 32))
+    out = twice(emulator.toy_gemm, a, b.T.contiguous() if b_is_k_by_n else b,
+                b_is_k_by_n=b_is_k_by_n)  # fmt: skip
+    assert torch.equal(out.double(), a.double() @ b.double().T)
+
+
+def test_toy_scan(emulator):
+    x = Random(0).integers(1000, low=0, high=9, dtype=torch.int32)
+    assert torch.equal(twice(emulator.toy_scan, x), x.cumsum(0).int())
+
+
+# ---- topk_route ----
+
+
+@st.composite
+def routes(draw):
+    num_groups = draw(st.sampled_from([1, 1, 2, 4]))
+    topk_groups = draw(st.integers(1, num_groups))
+    group = draw(st.integers(2 if num_groups > 1 else 1, draw(st.sampled_from([8, 40, 300]))))
+    return dict(
+        tokens=draw(st.integers(0, 40)),
+        experts=num_groups * group,
+        topk=draw(st.integers(1, min(22, topk_groups * group))),
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        scoring=draw(st.sampled_from(["softmax", "sigmoid"])),
+        renormalize=draw(st.booleans()),
+        scaling=draw(st.sampled_from([1.0, 2.5])),
+    )
+
+
+@examples(25)
+@given(routes(), FLOATS, st.booleans(), SEEDS, MACHINES, st.booleans())
+def test_topk_route(emulator, route, dtype, biased, seed, machine, tiny_memory):
+    random = Random(seed)
+    shape = route.pop("tokens"), route.pop("experts")
+    # Few different values: many ties, and whether two sums are equal is no matter of rounding.
+    logits = random.integers(*shape, low=0, high=9, dtype=dtype) * 0.25
+    for extreme in (torch.nan, -torch.inf):
+        logits[random.integers(*shape, low=0, high=20) == 0] = extreme
+    if shape[0]:
+        logits[0] = torch.nan
+    bias = random.integers(shape[1], low=-1, high=1) * 0.125 if biased else None
+    if tiny_memory:
+        machine["smem_per_block"] = 2 << 10
+    weights, ids = twice(emulator.topk_route, logits, bias=bias, **route, **machine)
+    expected_weights, expected_ids = reference.topk_route(
+        logits, correction_bias=bias, **route
+    )
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-7)
+
+
+# ---- sort_by_expert ----
+
+
+@examples(25)
+@given(st.data(), st.sampled_from([torch.int32, torch.int64]), SEEDS, MACHINES)
+def test_sort_by_expert(emulator, data, dtype, seed, machine):
+    experts = data.draw(st.sampled_from([1, 2, 7, 8, 60, 512, 1100]))
+    slots = data.draw(st.integers(0, data.draw(st.sampled_from([5, 100, 3000]))))
+    expert_offset = data.draw(st.sampled_from([0, experts, 3]))
+    random = Random(seed)
+    ids = random.integers(slots, low=-2, high=experts + 2, dtype=dtype) + expert_offset
+    if data.draw(st.booleans()):  # all tokens to one expert, but for a few
+        ids = torch.where(random.integers(slots, low=0, high=9) > 0, expert_offset, ids).to(dtype)
+    if dtype == torch.int64 and slots:
+        ids[random.integers(1, low=0, high=slots - 1, dtype=dtype)] = (1 << 40) + expert_offset
+    offsets, sorted_slots, slot_rows = twice(
+        emulator.sort_by_expert, ids, experts, expert_offset, **machine
+    )
+    expected_offsets, expected_slots = reference.sort_by_expert(ids, experts, expert_offset)
+    assert torch.equal(offsets, expected_offsets)
+    assert torch.equal(sorted_slots, expected_slots)
+    rows = torch.arange(slots, dtype=torch.int32)
+    rows[offsets[-1] :] = -1
+    assert torch.equal(slot_rows[sorted_slots.long()], rows)
+
+
+# ---- grouped_gemm ----
+
+
+def gemm_reference(a, b, expert_offsets, *, rows, bias=None, sorted_slots=None, gather_topk=0,
+                   activation="identity", gate_layout="gate_up", slot_weights=None,
+                   **parameters):  # fmt: skip
+    """In float64."""
+    gated = reference.ACTIVATIONS[activation].gated
+    out = torch.zeros(rows, b.shape[1] // (2 if gated else 1), dtype=torch.float64)
+    for e, of_expert in enumerate(reference.row_ranges(expert_offsets, rows)):
+        slots = None if sorted_slots is None else sorted_slots[of_expert].long()
+        x = a[slots // gather_topk] if gather_topk else a[of_expert]
+        h = x.double() @ b[e].double().T
+        if bias is not None:
+            h += bias[e].double()
+        gate, up = reference.split_branches(h, gate_layout) if gated else (h, None)
+        scalars = {name: value[e].double() for name, value in parameters.items()}
+        out[of_expert] = reference.activate(gate, up, activation, **scalars)
+        if slot_weights is not None:
+            out[of_expert] *= slot_weights[slots].double().unsqueeze(1)
+    return out
+
+
+SIZES = st.one_of(
+    st.integers(1, 40), st.sampled_from([8, 16, 64, 72, 136]), st.integers(40, 150)
+)  # fmt: skip
+
+
+@st.composite
+def gemms(draw):
+    """Arguments of grouped_gemm, all but `a` and `b` ready."""
+    rows, experts = draw(st.integers(1, 90)), draw(st.sampled_from([1, 3, 8]))
+    return dict(
+        rows=rows,
+        n=draw(SIZES),
+        k=draw(SIZES),
+        experts=experts,
+        dtype=draw(FLOATS),
+        out_dtype=draw(st.sampled_from([None, torch.float32])),
+        offsets=draw(OFFSETS),
+        gather_topk=draw(st.sampled_from([0, 0, 1, 2])),
+        weighted=draw(st.booleans()),
+        bias=draw(st.sampled_from([None, "float32", "same"])),
+        n_major=draw(st.booleans()),
+        a_padding=draw(st.sampled_from([0, 0, 8, 1])),
+        out_padding=draw(st.sampled_from([0, 0, 8, 1])),
+        misaligned=draw(st.lists(st.sampled_from(["a", "b", "out"]), unique=True)),
+        zero_other_rows=draw(st.booleans()),
+    )
+
+
+def gemm_inputs(case, random, branches=1):
+    """Small integers; NaN wherever nobody has business to look."""
+    dtype, rows, n, k, experts = (case[x] for x in ("dtype", "rows", "n", "k", "experts"))
+    offsets = random.expert_offsets(experts, rows, case["offsets"])
+    held = held_rows(offsets, rows)
+    slots = None
+    topk = case["gather_topk"]
+    tokens = -(-rows // topk) if topk else rows
+    if topk or case["weighted"]:
+        slots = torch.randperm(tokens * topk if topk else rows, generator=random.generator)
+        slots = slots[:rows].int()
+    a = random.integers(tokens, k + case["a_padding"], dtype=dtype)
+    a[:, k:] = torch.nan
+    b = random.integers(experts, branches * n, k, dtype=dtype)
+    for e, of_expert in enumerate(reference.row_ranges(offsets, rows)):
+        if of_expert.start == of_expert.stop:
+            b[e] = torch.nan
+    if not topk:
+        a[~held] = torch.nan
+    if case["n_major"]:
+        b = b.mT.contiguous().mT
+    bias = case["bias"] and random.integers(
+        experts, branches * n, dtype=torch.float32 if case["bias"] == "float32" else dtype
+    )
+    arguments = dict(rows=rows, bias=bias, sorted_slots=slots, gather_topk=topk)
+    if case["weighted"]:
+        arguments["slot_weights"] = random.integers(slots.numel(), low=1, high=4) * 0.25
+    return a[:, :k], b, offsets, held, arguments
+
+
+def gemm_places(case):
+    """What isn't part of the mathematics."""
+    size = case["dtype"].itemsize
+    out_size = (case["out_dtype"] or case["dtype"]).itemsize
+    return dict(
+        offsets={x: out_size if x == "out" else size for x in case["misaligned"]},
+        **{x: case[x] for x in ("out_dtype", "out_padding", "zero_other_rows")},
+    )
+
+
+def check_unheld_rows(out, held, zeroed):
+    others = out[~held].float()
+    assert (others == 0).all() if zeroed else others.isnan().all()
+
+
+def check_grouped_gemm(emulator, case, seed, machine):
+    a, b, offsets, held, arguments = gemm_inputs(case, Random(seed))
+    out = twice(emulator.grouped_gemm, a, b, offsets, **arguments, **gemm_places(case), **machine)
+    expected = gemm_reference(a, b, offsets, **arguments)
+    assert torch.equal(out[held], expected[held].to(out.dtype))
+    check_unheld_rows(out, held, case["zero_other_rows"])
+
+
+@examples(40)
+@given(gemms(), SEEDS, MACHINES)
+def test_grouped_gemm(emulator, case, seed, machine):
+    check_grouped_gemm(emulator, case, seed, machine)
+
+
+@examples(25)
+@given(gemms(), st.sampled_from(list(reference.ACTIVATIONS)),
+       st.sampled_from(reference.GATE_LAYOUTS), st.booleans(), SEEDS, MACHINES)  # fmt: skip
+def test_grouped_gemm_activation(emulator, case, activation, gate_layout, parameters_given, seed,
+                                 machine):
+    random = Random(seed)
+    branches = 2 if reference.ACTIVATIONS[activation].gated else 1
+    a, b, offsets, held, arguments = gemm_inputs(case, random, branches)
+    a, b = a / 4, (b.mT / 4).mT  # exact still, and within the activations' bends
+    arguments |= dict(activation=activation, gate_layout=gate_layout)
+    if parameters_given:
+        for name in reference.ACTIVATIONS[activation].defaults:
+            arguments[name] = random.integers(case["experts"], low=1, high=4) * 0.5
+    out = twice(emulator.grouped_gemm, a, b, offsets, **arguments, **gemm_places(case), **machine)
+    expected = gemm_reference(a, b, offsets, **arguments)
+    tolerance = EPSILON[out.dtype]
+    torch.testing.assert_close(out[held].double(), expected[held], rtol=tolerance, atol=tolerance)
+    check_unheld_rows(out, held, case["zero_other_rows"])
+
+
+def test_grouped_gemm_many_experts(emulator):
+    """More of them than a block looks at in one go."""
+    case = dict(rows=200, n=8, k=8, experts=2500, dtype=torch.bfloat16, out_dtype=None,
+                gather_topk=2, weighted=True, bias="float32", n_major=False, a_padding=0,
+                out_padding=0, misaligned=[], zero_other_rows=True)  # fmt: skip
+    for offsets in ("even", "skewed", "malformed"):
+        check_grouped_gemm(emulator, case | dict(offsets=offsets), 0, dict(sm_count=3))
+
+
+# ---- grouped_gemm_wgrad ----
+
+
+@examples(25)
+@given(st.data(), FLOATS, OFFSETS, SEEDS, MACHINES)
+def test_grouped_gemm_wgrad(emulator, data, dtype, kind, seed, machine):
+    rows, experts = data.draw(st.integers(0, 90)), data.draw(st.sampled_from([1, 3, 8]))
+    m, n = data.draw(SIZES), data.draw(SIZES)
+    random = Random(seed)
+    offsets = random.expert_offsets(experts, rows, kind)
+    paddings = data.draw(st.lists(st.sampled_from([0, 0, 8, 1]), min_size=2, max_size=2))
+    a, b = (random.integers(rows, size + padding, dtype=dtype)[:, :size]
+            for size, padding in zip((m, n), paddings))  # fmt: skip
+    held = held_rows(offsets, rows)
+    a[~held] = b[~held] = torch.nan
+    misaligned = data.draw(st.lists(st.sampled_from(["a", "b", "out"]), unique=True))
+    out = twice(emulator.grouped_gemm_wgrad, a, b, offsets, out_dtype=torch.float32,
+                offsets={x: 4 if x == "out" else dtype.itemsize for x in misaligned},
+                **machine)  # fmt: skip
+    expected = reference.grouped_gemm_wgrad(a, b, offsets, compute_dtype=torch.float64)
+    assert torch.equal(out.double(), expected)
+
+
+# ---- combine ----
+
+
+@examples(25)
+@given(st.data(), FLOATS, OFFSETS, SEEDS, MACHINES)
+def test_combine(emulator, data, dtype, kind, seed, machine):
+    tokens, topk = data.draw(st.integers(0, 20)), data.draw(st.sampled_from([1, 2, 8, 10]))
+    hidden, experts = data.draw(SIZES), data.draw(st.sampled_from([1, 3, 8]))
+    random, rows = Random(seed), tokens * topk
+    weights = random.integers(tokens, topk) * 0.25
+    offsets = random.expert_offsets(experts, rows, kind)
+    slots = torch.randperm(rows, generator=random.generator).int()
+    padding = data.draw(st.sampled_from([0, 0, 8, 1]))
+    expert_out = random.integers(rows, hidden + padding, dtype=dtype)[:, :hidden]
+    slot_rows = torch.full((rows,), -1, dtype=torch.int32)
+    held = int(offsets.clamp(0, rows).max())
+    slot_rows[slots[:held].long()] = torch.arange(held, dtype=torch.int32)
+    expert_out[held:] = torch.nan
+    weights[slot_rows.view(tokens, topk) < 0] = torch.nan
+    weighted, ready = data.draw(st.booleans()), data.draw(st.booleans())
+    routing = dict(slot_rows=slot_rows) if ready else dict(sorted_slots=slots,
+                                                           expert_offsets=offsets)  # fmt: skip
+    misaligned = data.draw(st.lists(st.sampled_from(["expert_out", "out"]), unique=True))
+    out = twice(emulator.combine, expert_out, weights if weighted else None, tokens=tokens,
+                topk=topk, **routing, offsets={x: dtype.itemsize for x in misaligned},
+                **machine)  # fmt: skip
+    picked = expert_out.double()[slot_rows.clamp(min=0).long()] if rows else expert_out.double()
+    if weighted:
+        picked = picked * weights.double().view(-1, 1)
+    picked = torch.where(slot_rows[:, None] >= 0, picked, 0).view(tokens, topk, hidden)
+    assert torch.equal(out, picked.sum(1).to(dtype))
