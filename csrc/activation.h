@@ -48,7 +48,7 @@ SIMPLE_MOE_HOST_DEVICE ActivationScalars scalars_of(const ActivationParams& p, i
 template <int kCount>
 SIMPLE_MOE_HOST_DEVICE void activate(Activation kind, const ActivationScalars& s, float* gate,
                                      const float* up) {
-#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__
 #define SIMPLE_MOE_EACH _Pragma("unroll") for (int i = 0; i < kCount; ++i)
 #else
 #define SIMPLE_MOE_EACH for (int i = 0; i < kCount; ++i)

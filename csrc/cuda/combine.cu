@@ -1,0 +1,81 @@
+// combine: every token's expert rows, weighted and summed in float32, k ascending, no atomics on
+// floats.
+//
+// Schedule: a block takes one token and 8 columns a thread. Each thread walks the token's K slots
+// and reads 16 bytes of every row that is there; K reads are in flight at once where the compiler
+// unrolls. Before it, where sort_by_expert's slot_rows isn't at hand, two small kernels make it.
+#include "device.h"
+#include "floats.cuh"
+#include "launch.cuh"
+#include "primitives.h"
+
+namespace simple_moe::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+__global__ void __launch_bounds__(kThreads) clear_slot_rows_kernel(const Combine p) {
+  const int64_t slot = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (slot < p.tokens * p.topk) p.slot_rows[slot] = -1;
+}
+
+// sorted_slots and expert_offsets may be anybody's: a slot that doesn't exist is skipped, and of
+// two rows for one slot the later one counts (an integer maximum: the order doesn't matter).
+__global__ void __launch_bounds__(kThreads) fill_slot_rows_kernel(const Combine p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  bool held = false;  // the row lies below some expert's end
+  for (int64_t e = 0; e <= p.experts; ++e) held |= p.expert_offsets[e] > row;
+  if (row >= p.rows || !held) return;
+  const int64_t slot = p.sorted_slots[row];
+  if (slot >= 0 && slot < p.tokens * p.topk) {
+    atomicMax(&p.slot_rows[slot], static_cast<int>(row));
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) combine_kernel(const Combine p, int column_blocks,
+                                                           bool aligned_in, bool aligned_out) {
+  const int64_t token = blockIdx.x / column_blocks;
+  const int column_block = blockIdx.x % column_blocks;
+  const int64_t column =
+      (static_cast<int64_t>(column_block) * blockDim.x + threadIdx.x) * kVector;
+  if (column >= p.hidden) return;
+  const int64_t left = p.hidden - column;
+  const int count = left < kVector ? static_cast<int>(left) : kVector;
+  const T* const rows = static_cast<const T*>(p.expert_out);
+  float sums[kVector] = {};
+#pragma unroll 4
+  for (int k = 0; k < p.topk; ++k) {
+    const int64_t slot = token * p.topk + k;
+    const int64_t row = p.slot_rows[slot];
+    if (row < 0) continue;  // Not held here: its weight may be anything, NaN too.
+    const float weight = p.weights.data ? load_float(p.weights, slot) : 1.0f;
+    float values[kVector] = {};
+    load_vector(rows + row * p.expert_out_stride + column, count, aligned_in, values);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) sums[i] += weight * values[i];
+  }
+  store_vector(p.out, p.out_dtype, token * p.hidden + column, count, aligned_out, sums);
+}
+
+}  // namespace
+
+void combine(const Combine& p, cudaStream_t stream) {
+  if (p.tokens == 0 || p.hidden == 0) return;
+  if (p.sorted_slots) {
+    const int64_t slots = p.tokens * p.topk;
+    launch(clear_slot_rows_kernel, (slots + kThreads - 1) / kThreads, kThreads, 0, stream, p);
+    launch(fill_slot_rows_kernel, (p.rows + kThreads - 1) / kThreads, kThreads, 0, stream, p);
+  }
+  const int64_t vectors = (p.hidden + kVector - 1) / kVector;
+  const int threads = vectors < kThreads ? static_cast<int>((vectors + 31) / 32 * 32) : kThreads;
+  const int64_t column_blocks = (vectors + threads - 1) / threads;
+  with_type(p.dtype, [&](auto type) {
+    launch(combine_kernel<decltype(type)>, p.tokens * column_blocks, threads, 0, stream, p,
+           static_cast<int>(column_blocks),
+           rows_are_aligned(p.expert_out, p.expert_out_stride, p.dtype),
+           rows_are_aligned(p.out, p.hidden, p.out_dtype));
+  });
+}
+
+}  // namespace simple_moe::cuda

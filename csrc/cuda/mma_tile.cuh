@@ -1,0 +1,239 @@
+// One output tile's product on tensor cores: acc[kRows, kCols] += a[kRows, k] * b[k, kCols].
+//
+// Schedule, for the block's 4 warps: all threads copy the operands' next kDepth of k into a ring of
+// kStages slots with cp.async, kStages - 1 slots ahead of the one being multiplied; a slot is
+// refilled right after the barrier that says that everybody is done with it. Every accumulator adds
+// its products in ascending k, 16 at a time, in every tile shape: the bits don't depend on the
+// shape chosen. In flight: (kStages - 1) * (kRows + kCols) * kDepth * 2 bytes a block.
+//
+// Shared memory holds 16-byte vectors of 8 elements, permuted (XOR) so that the 8 rows that one
+// ldmatrix reads lie in different banks.
+#pragma once
+
+#include "floats.cuh"
+#include "ptx.cuh"
+
+namespace simple_moe {
+
+constexpr int kMmaThreads = 128;
+
+// An operand whose k is contiguous: kLines rows of a, or columns of b.
+template <typename T, int kLines, int kDepth>
+struct KMajor {
+  static constexpr int kBytes = kLines * kDepth * 2;
+  static constexpr int kVectors = kDepth / kVector;  // of a line
+  static constexpr int kPerPass = kMmaThreads / kVectors;
+  static constexpr int kPasses = (kLines + kPerPass - 1) / kPerPass;
+
+  // This thread's lines; null where there is none.
+  const T* lines[kPasses];
+  int64_t k;
+  bool aligned;
+
+  __device__ static int vector() { return threadIdx.x % kVectors; }
+  __device__ static int line(int pass) { return threadIdx.x / kVectors + pass * kPerPass; }
+
+  __device__ static int place(int line, int vector) {
+    constexpr int kLinesOf128Bytes = 8 / kVectors;
+    return (line * kVectors + (vector ^ (line / kLinesOf128Bytes % kVectors))) * 16;
+  }
+
+  __device__ void copy(unsigned char* slot, int64_t first_k) const {
+    const int64_t at = first_k + vector() * kVector;
+    const bool whole = aligned && at + kVector <= k;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      if (kLines % kPerPass != 0 && line(pass) >= kLines) continue;
+      unsigned char* const to = slot + place(line(pass), vector());
+      if (whole || lines[pass] == nullptr || at >= k) {
+        const bool valid = lines[pass] != nullptr && at < k;
+        ptx::cp_async_16(to, valid ? lines[pass] + at : nullptr, valid);
+      } else {
+        alignas(16) T values[kVector];
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) values[i] = at + i < k ? lines[pass][at + i] : T{0};
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
+      }
+    }
+  }
+
+  // The fragment of rows line ... line + 15 of a, k step `step` (16 each).
+  __device__ static void load_a(uint32_t (&fragment)[4], const unsigned char* slot, int line,
+                                int step) {
+    const int lane = threadIdx.x % 32;
+    ptx::ldmatrix_x4(fragment, slot + place(line + lane % 16, step * 2 + lane / 16));
+  }
+
+  // The fragments of columns line ... line + 7 and line + 8 ... line + 15 of b.
+  __device__ static void load_b(uint32_t (&fragments)[4], const unsigned char* slot, int line,
+                                int step) {
+    const int lane = threadIdx.x % 32;
+    ptx::ldmatrix_x4(fragments,
+                     slot + place(line + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+  }
+};
+
+// An operand whose lines are contiguous: k is the slow axis.
+template <typename T, int kLines, int kDepth>
+struct LineMajor {
+  static constexpr int kBytes = kLines * kDepth * 2;
+  static constexpr int kVectors = kLines / kVector;  // of one k
+  static constexpr int kPerPass = kMmaThreads / kVectors;
+  static constexpr int kPasses = kDepth / kPerPass;
+
+  const T* data;  // of this thread's first line, at k = 0
+  int64_t k_stride;
+  int count;  // of the thread's 8 lines, how many there are
+  int64_t k;
+  bool aligned;
+
+  __device__ static int first_line() { return threadIdx.x % kVectors * kVector; }
+
+  __device__ static int place(int depth, int vector) {
+    return (depth * kVectors + (vector ^ (depth % 8))) * 16;
+  }
+
+  __device__ void copy(unsigned char* slot, int64_t first_k) const {
+    const bool whole = aligned && count == kVector;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int depth = threadIdx.x / kVectors + pass * kPerPass;
+      const int64_t at = first_k + depth;
+      unsigned char* const to = slot + place(depth, threadIdx.x % kVectors);
+      const bool valid = at < k && count > 0;
+      const T* const from = data + at * k_stride;
+      if (whole || !valid) {
+        ptx::cp_async_16(to, valid ? from : nullptr, valid);
+      } else {
+        alignas(16) T values[kVector];
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) values[i] = i < count ? from[i] : T{0};
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
+      }
+    }
+  }
+
+  __device__ static void load_a(uint32_t (&fragment)[4], const unsigned char* slot, int line,
+                                int step) {
+    const int lane = threadIdx.x % 32;
+    ptx::ldmatrix_x4_trans(fragment, slot + place(step * 16 + lane / 16 * 8 + lane % 8,
+                                                  line / kVector + lane / 8 % 2));
+  }
+
+  __device__ static void load_b(uint32_t (&fragments)[4], const unsigned char* slot, int line,
+                                int step) {
+    const int lane = threadIdx.x % 32;
+    ptx::ldmatrix_x4_trans(fragments,
+                           slot + place(step * 16 + lane % 16, line / kVector + lane / 16));
+  }
+};
+
+// How a tile is shared out: kRows x kCols of output, warps in a grid of kWarpRows x kWarpCols.
+template <int kRows_, int kCols_, int kDepth_, int kStages_, int kWarpRows>
+struct TileShape {
+  static constexpr int kRows = kRows_, kCols = kCols_, kDepth = kDepth_, kStages = kStages_;
+  static constexpr int kWarpCols = kMmaThreads / 32 / kWarpRows;
+  static constexpr int kRowsOfWarp = kRows / kWarpRows, kColsOfWarp = kCols / kWarpCols;
+  static constexpr int kPitch = kCols + 8;  // floats between rows of the staged result
+  // The result is staged so many rows at a time.
+  static constexpr int kStagedRows = kRows < 64 ? kRows : 64;
+  static constexpr int kRingBytes = kStages * (kRows + kCols) * kDepth * 2;
+  static constexpr int kStagedBytes = kStagedRows * kPitch * 4;
+  static constexpr int kBytes = kRingBytes > kStagedBytes ? kRingBytes : kStagedBytes;
+  static_assert(kRowsOfWarp % 16 == 0 && kColsOfWarp % 16 == 0, "fragments are 16 x 16");
+};
+
+template <typename T, typename Shape>
+class MmaTile {
+ public:
+  // `smem`: Shape::kBytes, in nobody's use.
+  template <typename A, typename B>
+  __device__ void multiply(const A& a, const B& b, int64_t k, unsigned char* smem) {
+    static_assert(A::kBytes + B::kBytes == (Shape::kRows + Shape::kCols) * Shape::kDepth * 2);
+    constexpr int kSlotBytes = A::kBytes + B::kBytes;
+    const int steps = static_cast<int>((k + Shape::kDepth - 1) / Shape::kDepth);
+    const auto copy = [&](int step) {
+      if (step < steps) {
+        unsigned char* const slot = smem + step % Shape::kStages * kSlotBytes;
+        a.copy(slot, static_cast<int64_t>(step) * Shape::kDepth);
+        b.copy(slot + A::kBytes, static_cast<int64_t>(step) * Shape::kDepth);
+      }
+      ptx::cp_async_commit();  // Empty groups keep the count.
+    };
+    for (int step = 0; step < Shape::kStages - 1; ++step) copy(step);
+    for (int step = 0; step < steps; ++step) {
+      ptx::cp_async_wait<Shape::kStages - 2>();
+      __syncthreads();  // This slot has landed for all; all are done with the one before it.
+      copy(step + Shape::kStages - 1);
+      const unsigned char* const slot = smem + step % Shape::kStages * kSlotBytes;
+#pragma unroll
+      for (int k16 = 0; k16 < Shape::kDepth / 16; ++k16) {
+        multiply_slot<A, B>(slot, slot + A::kBytes, k16);
+      }
+    }
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // The ring is free.
+  }
+
+  // Hands the result over in shared memory, Shape::kStagedRows rows at a time:
+  // finish(first row, staged[row * kPitch + column]) is called by all threads, and must not rely
+  // on a barrier of its own.
+  template <typename Finish>
+  __device__ void stage(unsigned char* smem, const Finish& finish) const {
+    float* const staged = reinterpret_cast<float*>(smem);
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int first = 0; first < Shape::kRows; first += Shape::kStagedRows) {
+      const int row = warp_row() - first;
+      if (0 <= row && row < Shape::kStagedRows) {
+#pragma unroll
+        for (int i = 0; i < kI; ++i) {
+#pragma unroll
+          for (int j = 0; j < kJ; ++j) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int r = row + i * 16 + half * 8 + lane / 4;
+              const int c = warp_col() + j * 8 + lane % 4 * 2;
+              *reinterpret_cast<float2*>(staged + r * Shape::kPitch + c) =
+                  make_float2(acc_[i][j][2 * half], acc_[i][j][2 * half + 1]);
+            }
+          }
+        }
+      }
+      __syncthreads();
+      finish(first, staged);
+      __syncthreads();
+    }
+  }
+
+ private:
+  static constexpr int kI = Shape::kRowsOfWarp / 16, kJ = Shape::kColsOfWarp / 8;
+
+  __device__ static int warp_row() {
+    return static_cast<int>(threadIdx.x / 32) / Shape::kWarpCols * Shape::kRowsOfWarp;
+  }
+  __device__ static int warp_col() {
+    return static_cast<int>(threadIdx.x / 32) % Shape::kWarpCols * Shape::kColsOfWarp;
+  }
+
+  template <typename A, typename B>
+  __device__ void multiply_slot(const unsigned char* a_slot, const unsigned char* b_slot,
+                                int k16) {
+    uint32_t a[kI][4], b[kJ / 2][4];
+#pragma unroll
+    for (int i = 0; i < kI; ++i) A::load_a(a[i], a_slot, warp_row() + i * 16, k16);
+#pragma unroll
+    for (int j = 0; j < kJ / 2; ++j) B::load_b(b[j], b_slot, warp_col() + j * 16, k16);
+#pragma unroll
+    for (int i = 0; i < kI; ++i) {
+#pragma unroll
+      for (int j = 0; j < kJ; ++j) {
+        ptx::mma_m16n8k16<T>(acc_[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+      }
+    }
+  }
+
+  float acc_[kI][kJ][4] = {};
+};
+
+}  // namespace simple_moe
