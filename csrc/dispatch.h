@@ -1,0 +1,41 @@
+// Where an operator runs, and the primitives there: the one thing that knows whether there is a
+// CUDA half.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <optional>
+
+#include "checks.h"
+#include "params.h"
+
+struct CUstream_st;
+
+namespace simple_moe {
+
+using Stream = CUstream_st*;  // cudaStream_t, without CUDA's headers.
+
+// The device of the checked tensors, which is the current device as long as this lives. Raises for
+// a CUDA tensor where the library was built without CUDA.
+class Place {
+ public:
+  explicit Place(const Checks& check);
+  bool on_cuda() const { return guard_.has_value(); }
+  Stream stream() const { return stream_; }  // The current one.
+
+  // Scratch that the CPU needs none of.
+  bool topk_route_needs_keys(const TopkRoute& p) const;
+  int64_t sort_by_expert_counts(int64_t slots, int64_t experts) const;
+
+  // The primitives, but for grouped_gemm: there is a choice of those, in backends.h.
+  void topk_route(const TopkRoute& p) const;
+  void sort_by_expert(const SortByExpert& p) const;
+  void grouped_gemm_wgrad(const GroupedGemmWgrad& p) const;
+  void combine(const Combine& p) const;
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  Stream stream_ = nullptr;
+};
+
+}  // namespace simple_moe

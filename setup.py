@@ -1,0 +1,193 @@
+"""Builds moe_ops/libsimple_moe.so with ninja, g++ and, where there is one, nvcc.
+
+torch is only a folder of headers and libraries here, never imported: the library uses its stable
+ABI alone, so that it can be built in an environment of pip's own and serves every torch from
+MIN_TORCH on. Where no nvcc is found, only the CPU half is built.
+
+    CUDA_HOME, CUDA_PATH     the CUDA toolkit; otherwise /usr/local/cuda, otherwise nvcc in PATH
+    SIMPLE_MOE_CUDA_ARCHS    what to compile for, "80;90a;90+PTX" unless given: 80 is code for
+                             sm_80, 90+PTX is PTX that any GPU from 9.0 on can compile for itself
+    CXX                      the C++ compiler, g++ unless given
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY = "libsimple_moe.so"
+MIN_TORCH = (2, 10)
+CXX = os.environ.get("CXX", "g++")
+CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -ffp-contract=off"
+# No contraction: a kernel says fma where it wants one, so that all of them round alike.
+NVCC_FLAGS = (
+    "-std=c++20 -O3 --fmad=false -Werror all-warnings -Xptxas -v"
+    " -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-ffp-contract=off"
+)
+
+
+def torch_folder() -> Path:
+    """Of the installed torch, also from within pip's build environment, which hides it."""
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(spec.origin).parents[1]] if spec and spec.origin else []
+    for base in (sys.prefix, sys.base_prefix):
+        variables = {"base": base, "platbase": base}
+        folders += [Path(sysconfig.get_path(p, vars=variables)) for p in ("purelib", "platlib")]
+    folders += map(Path, [*site.getsitepackages(), site.getusersitepackages()])
+    for folder in folders:
+        version_file = folder / "torch" / "version.py"
+        if version_file.exists():
+            text = version_file.read_text()
+            major, minor = re.search(r"__version__ = ['\"](\d+)\.(\d+)", text).groups()
+            if (int(major), int(minor)) < MIN_TORCH:
+                sys.exit(f"simple_moe needs torch >= 2.10, {folder} has {major}.{minor}")
+            return folder / "torch"
+    sys.exit(
+        "simple_moe is built against the installed torch, and none was found: install torch >= 2.10"
+        " first, and build with --no-build-isolation if it is not in this environment"
+    )
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=Path(home, "bin"))
+    return shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
+
+
+def toolkit_folders(nvcc: str) -> tuple[list[str], list[str]]:
+    """(-I, -L) options of nvcc's own toolkit. Asked for, because nvcc may be a script."""
+    dry_run = subprocess.run(
+        [nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=True
+    ).stderr
+    options = {
+        name: shlex.split(re.search(rf"^#\$ {name}=(.*)$", dry_run, re.MULTILINE)[1])
+        for name in ("INCLUDES", "LIBRARIES")
+    }
+    return options["INCLUDES"], options["LIBRARIES"]
+
+
+def cuda_targets() -> list[tuple[str, str]]:
+    """(architecture, code) as nvcc's -gencode has them."""
+    targets = []
+    for item in os.environ.get("SIMPLE_MOE_CUDA_ARCHS", "80;90a;90+PTX").split(";"):
+        match = re.fullmatch(r"(\d+[af]?)(\+PTX)?", item.strip())
+        if not match:
+            sys.exit(f"SIMPLE_MOE_CUDA_ARCHS: {item!r} is not like 80, 90a or 90+PTX")
+        arch = f"compute_{match[1]}"
+        targets.append((arch, arch if match[2] else f"sm_{match[1]}"))
+    return targets
+
+
+def ninja_file(version: str) -> str:
+    torch = torch_folder()
+    nvcc = find_nvcc()
+    targets = cuda_targets() if nvcc else []
+    cxx = shlex.split(CXX_FLAGS)
+    cxx += ["-Icsrc", "-isystem", str(torch / "include")]
+    cxx += ["-DTORCH_TARGET_VERSION=0x%02x%02x000000000000" % MIN_TORCH]
+    # Without --no-as-needed libtorch, and with it the CUDA functions, would be left out: nothing
+    # refers to it but weak symbols.
+    link = ["-shared", "-Wl,-z,defs", "-Wl,--exclude-libs,ALL", f"-L{torch / 'lib'}"]
+    link += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    kernels = []
+    cu = shlex.split(NVCC_FLAGS)
+    if nvcc:
+        print(f"simple_moe: building for the CPU and, with {nvcc}, for CUDA", flush=True)
+        includes, libraries = toolkit_folders(nvcc)
+        cxx += ["-DUSE_CUDA", "-DSIMPLE_MOE_CUDA", *includes]
+        cu += ["-Icsrc", f"--threads={len(targets)}"]
+        cu += [f"-gencode=arch={arch},code={code}" for arch, code in targets]
+        link += [*libraries, "-Wl,--as-needed", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+        kernels = list(ROOT.glob("csrc/cuda/**/*.cu"))
+        sources += ROOT.glob("csrc/cuda/**/*.cpp")
+    else:
+        print("simple_moe: no nvcc found, building for the CPU ALONE", flush=True)
+
+    codes = json.dumps([code for _, code in targets])
+    info = [f"-DSIMPLE_MOE_VERSION={json.dumps(version)}"]
+    info += [f"-DSIMPLE_MOE_CUDA_TARGETS={json.dumps(codes)}"]
+    # The report of ptxas (registers, spills) stays beside the object.
+    rules = f"""\
+builddir = build
+cxx_flags = {_shell(cxx)}
+cu_flags = {_shell(cu)}
+link_flags = {_shell(link)}
+rule cxx
+  command = {CXX} $cxx_flags $more_flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule cu
+  command = {nvcc} $cu_flags -MD -MF $out.d -c $in -o $out > $out.ptxas.txt 2>&1 $
+      || {{ cat $out.ptxas.txt; exit 1; }}
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {CXX} -o $out $in $link_flags
+"""
+    objects, edges = [], []
+    # The kernels take longest: first.
+    for source in [*sorted(kernels), *sorted(sources)]:
+        name = source.relative_to(ROOT)
+        objects.append(f"build/{name}.o")
+        edges.append(f"build {objects[-1]}: {'cu' if source in kernels else 'cxx'} {name}\n")
+        if name.name == "build_info.cpp":
+            edges.append(f"  more_flags = {_shell(info)}\n")
+    edges.append(f"build build/{LIBRARY}: link {' '.join(objects)}\n")
+    return rules + "".join(edges)
+
+
+def _shell(arguments: list[str]) -> str:
+    return shlex.join(arguments).replace("$", "$$")
+
+
+def ninja() -> str:
+    try:
+        from ninja import BIN_DIR
+
+        return str(Path(BIN_DIR) / "ninja")
+    except ImportError:
+        return "ninja"
+
+
+class BuildLibrary(build_ext):
+    """One file for every Python: no interpreter's tag in its name."""
+
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split(".")[:-1], LIBRARY))
+
+    def build_extension(self, ext):
+        build = ROOT / "build"
+        build.mkdir(exist_ok=True)
+        (build / "build.ninja").write_text(ninja_file(self.distribution.get_version()))
+        subprocess.run([ninja(), "-f", "build/build.ninja"], cwd=ROOT, check=True)
+        # Replaced, not overwritten: a process that has it loaded keeps what it has.
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = output.with_suffix(".new")
+        shutil.copy2(build / LIBRARY, unfinished)
+        os.replace(unfinished, output)
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("moe_ops.libsimple_moe", sources=[])],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
+)
