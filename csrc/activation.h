@@ -9,12 +9,6 @@
 
 #include "params.h"
 
-#ifdef __CUDACC__
-#define SIMPLE_MOE_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define SIMPLE_MOE_HOST_DEVICE inline
-#endif
-
 namespace simple_moe {
 
 SIMPLE_MOE_HOST_DEVICE float at_most(float x, float limit) { return x > limit ? limit : x; }
@@ -76,8 +70,8 @@ SIMPLE_MOE_HOST_DEVICE void activate(Activation kind, const ActivationScalars& s
       SIMPLE_MOE_EACH gate[i] = at_most(silu(gate[i]), s.limit) * clamp_both(up[i], s.limit);
       break;
     case Activation::kSitu:
-      SIMPLE_MOE_EACH gate[i] = s.beta * tanhf(gate[i] / s.beta) * sigmoid(gate[i]) *
-                                (s.limit * tanhf(up[i] / s.limit));
+      SIMPLE_MOE_EACH gate[i] =
+          s.beta * tanhf(gate[i] / s.beta) * sigmoid(gate[i]) * (s.limit * tanhf(up[i] / s.limit));
       break;
     case Activation::kSilu:
       SIMPLE_MOE_EACH gate[i] = silu(gate[i]);

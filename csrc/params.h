@@ -5,6 +5,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define SIMPLE_MOE_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define SIMPLE_MOE_HOST_DEVICE inline
+#endif
+
 namespace simple_moe {
 
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
@@ -19,12 +25,25 @@ struct Floats {
 
 enum class Activation : int {
   // Gated: two branches, gate and up, joined to one.
-  kSwiglu, kGeglu, kGegluTanh, kReglu, kSwigluOai, kSwigluStep, kSitu,
+  kSwiglu,
+  kGeglu,
+  kGegluTanh,
+  kReglu,
+  kSwigluOai,
+  kSwigluStep,
+  kSitu,
   // Ungated.
-  kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kIdentity,
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kRelu,
+  kRelu2,
+  kIdentity,
 };
 
-inline bool is_gated(Activation activation) { return activation <= Activation::kSitu; }
+SIMPLE_MOE_HOST_DEVICE bool is_gated(Activation activation) {
+  return activation <= Activation::kSitu;
+}
 
 // How the two branches lie in w1's rows.
 enum class GateLayout : int { kGateUp, kUpGate, kInterleaved };
@@ -49,9 +68,9 @@ struct TopkRoute {
   bool sigmoid, renormalize;
   int num_groups, topk_groups;
   float scaling;
-  float* weights;   // [tokens, topk]
-  int32_t* ids;     // [tokens, topk]
-  uint32_t* keys;   // scratch [tokens, experts + num_groups] where shared memory is too small
+  float* weights;  // [tokens, topk]
+  int32_t* ids;    // [tokens, topk]
+  uint32_t* keys;  // scratch [tokens, experts + num_groups] where shared memory is too small
 };
 
 // A stable counting sort of the slots by local expert.
@@ -71,20 +90,20 @@ struct SortByExpert {
 struct GroupedGemm {
   DType dtype, out_dtype;
   const void* a;
-  int64_t a_stride;             // elements between rows; the columns are contiguous
-  int64_t rows;                 // of out
-  int64_t n, k;                 // columns of out; length of the dot products
+  int64_t a_stride;  // elements between rows; the columns are contiguous
+  int64_t rows;      // of out
+  int64_t n, k;      // columns of out; length of the dot products
   int64_t experts;
   const int32_t* expert_offsets;  // [experts + 1]; malformed ones are clamped (see row_range)
-  const int32_t* sorted_slots;  // [rows] or null
-  int gather_topk;              // 0: row(r) = r; else row(r) = sorted_slots[r] / gather_topk
-  const void* b;                // [experts, n or 2 n when gated, k]; one of the two strides is 1
+  const int32_t* sorted_slots;    // [rows] or null
+  int gather_topk;                // 0: row(r) = r; else row(r) = sorted_slots[r] / gather_topk
+  const void* b;                  // [experts, n or 2 n when gated, k]; one of the two strides is 1
   int64_t b_expert_stride, b_row_stride, b_col_stride;
-  Floats bias;                  // [experts, n or 2 n]
+  Floats bias;  // [experts, n or 2 n]
   ActivationParams activation;
   GateLayout gate_layout;
-  Floats slot_weights;          // indexed by sorted_slots[r]
-  void* out;                    // [rows, n], contiguous rows out_stride apart
+  Floats slot_weights;  // indexed by sorted_slots[r]
+  void* out;            // [rows, n], contiguous rows out_stride apart
   int64_t out_stride;
   bool zero_other_rows;
 };

@@ -33,12 +33,11 @@ __global__ void __launch_bounds__(kThreads) fill_slot_rows_kernel(const Combine 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const Combine p, int column_blocks,
-                                                           bool aligned_in, bool aligned_out) {
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(const Combine p, int column_blocks, bool aligned_in, bool aligned_out) {
   const int64_t token = blockIdx.x / column_blocks;
   const int column_block = blockIdx.x % column_blocks;
-  const int64_t column =
-      (static_cast<int64_t>(column_block) * blockDim.x + threadIdx.x) * kVector;
+  const int64_t column = (static_cast<int64_t>(column_block) * blockDim.x + threadIdx.x) * kVector;
   if (column >= p.hidden) return;
   const int64_t left = p.hidden - column;
   const int count = left < kVector ? static_cast<int>(left) : kVector;

@@ -9,7 +9,7 @@ struct DeviceInfo {
   int sm_count;
   size_t smem_per_block;  // the most that one block may opt in to
   size_t smem_per_sm;
-  int major, minor;       // compute capability
+  int major, minor;  // compute capability
 };
 
 // Of the current device. SIMPLE_MOE_TEST_DEVICE="sms=108,smem_kb=163" overrides it, so that one GPU

@@ -25,8 +25,8 @@ struct ExpertTilesStorage {
 
 struct Tile {
   int64_t expert;
-  int row_begin;     // first row of the tile
-  int row_count;     // rows of the expert from there on, at most the tile's height
+  int row_begin;  // first row of the tile
+  int row_count;  // rows of the expert from there on, at most the tile's height
   int column_tile;
 };
 
@@ -37,7 +37,10 @@ class ExpertTiles {
 
   __device__ ExpertTiles(Storage* storage, const int32_t* offsets, int64_t experts, int64_t rows,
                          int64_t column_tiles)
-      : s_(*storage), offsets_(offsets), experts_(experts), rows_(static_cast<int>(rows)),
+      : s_(*storage),
+        offsets_(offsets),
+        experts_(experts),
+        rows_(static_cast<int>(rows)),
         column_tiles_(column_tiles) {
     scan_window();
   }
@@ -69,8 +72,7 @@ class ExpertTiles {
     const int64_t in_group = in_expert - group * kGroup * column_tiles_;
     const int64_t left = expert_tiles - group * kGroup;
     const int64_t height = left < kGroup ? left : kGroup;
-    const int first_row =
-        static_cast<int>((group * kGroup + in_group % height) * kTileRows);
+    const int first_row = static_cast<int>((group * kGroup + in_group % height) * kTileRows);
     tile.expert = first_expert_ + low;
     tile.column_tile = static_cast<int>(in_group / height);
     tile.row_begin = s_.row_begin[low] + first_row;

@@ -83,7 +83,8 @@ struct LineMajor {
 
   const T* data;  // of this thread's first line, at k = 0
   int64_t k_stride;
-  int count;  // of the thread's 8 lines, how many there are
+  int64_t line_stride;  // between this thread's lines; `aligned` means 1
+  int count;            // of its 8 lines, how many there are
   int64_t k;
   bool aligned;
 
@@ -107,7 +108,7 @@ struct LineMajor {
       } else {
         alignas(16) T values[kVector];
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) values[i] = i < count ? from[i] : T{0};
+        for (int i = 0; i < kVector; ++i) values[i] = i < count ? from[i * line_stride] : T{0};
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
       }
     }
@@ -143,9 +144,11 @@ struct TileShape {
   static_assert(kRowsOfWarp % 16 == 0 && kColsOfWarp % 16 == 0, "fragments are 16 x 16");
 };
 
-template <typename T, typename Shape>
+template <typename T, typename Shape_>
 class MmaTile {
  public:
+  using Shape = Shape_;
+
   // `smem`: Shape::kBytes, in nobody's use.
   template <typename A, typename B>
   __device__ void multiply(const A& a, const B& b, int64_t k, unsigned char* smem) {
@@ -182,7 +185,7 @@ class MmaTile {
   __device__ void stage(unsigned char* smem, const Finish& finish) const {
     float* const staged = reinterpret_cast<float*>(smem);
     const int lane = threadIdx.x % 32;
-#pragma unroll
+#pragma unroll 1
     for (int first = 0; first < Shape::kRows; first += Shape::kStagedRows) {
       const int row = warp_row() - first;
       if (0 <= row && row < Shape::kStagedRows) {
@@ -217,8 +220,7 @@ class MmaTile {
   }
 
   template <typename A, typename B>
-  __device__ void multiply_slot(const unsigned char* a_slot, const unsigned char* b_slot,
-                                int k16) {
+  __device__ void multiply_slot(const unsigned char* a_slot, const unsigned char* b_slot, int k16) {
     uint32_t a[kI][4], b[kJ / 2][4];
 #pragma unroll
     for (int i = 0; i < kI; ++i) A::load_a(a[i], a_slot, warp_row() + i * 16, k16);

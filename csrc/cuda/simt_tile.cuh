@@ -11,7 +11,7 @@ namespace simple_moe {
 struct SimtShape {
   static constexpr int kRows = 64, kCols = 64, kDepth = 16;
   static constexpr int kThreads = 128;
-  static constexpr int kPitch = kCols + 8;
+  static constexpr int kPitch = kCols + 8, kStagedRows = kRows;
   static constexpr int kBytes = kRows * kPitch * 4;  // of the staged result; the operands are less
 };
 

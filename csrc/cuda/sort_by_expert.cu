@@ -16,9 +16,9 @@
 namespace simple_moe::cuda {
 namespace {
 
-constexpr int kBlock = 1024;      // threads of a block that sums
-constexpr int kWarpsAtOnce = 8;   // warps of a block that only counts or scatters
-constexpr int kMaxChunks = 256;   // of the three kernels; also bounds the scratch
+constexpr int kBlock = 1024;     // threads of a block that sums
+constexpr int kWarpsAtOnce = 8;  // warps of a block that only counts or scatters
+constexpr int kMaxChunks = 256;  // of the three kernels; also bounds the scratch
 constexpr int64_t kOneBlockSlots = 8192;
 
 struct Chunks {
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chun
   if (chunk < chunks.count) scatter_chunk(p, chunks, chunk, own);
 }
 
-__global__ void __launch_bounds__(32 * kWarpsAtOnce) count_kernel(const SortByExpert p,
-                                                                  Chunks chunks) {
+__global__ void __launch_bounds__(32 * kWarpsAtOnce)
+    count_kernel(const SortByExpert p, Chunks chunks) {
   const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32;
   if (chunk < chunks.count) count_chunk(p, chunks, chunk, p.counts + chunk * (p.experts + 1));
 }
@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kBlock) sum_kernel(const SortByExpert p, Chunk
   sum_counts(p, chunks, p.counts, reinterpret_cast<int*>(ptx::dynamic_smem()));
 }
 
-__global__ void __launch_bounds__(32 * kWarpsAtOnce) scatter_kernel(const SortByExpert p,
-                                                                    Chunks chunks) {
+__global__ void __launch_bounds__(32 * kWarpsAtOnce)
+    scatter_kernel(const SortByExpert p, Chunks chunks) {
   const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32;
   if (chunk < chunks.count) scatter_chunk(p, chunks, chunk, p.counts + chunk * (p.experts + 1));
 }

@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) topk_route_kernel(const TopkRo
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + warp;
   if (token >= p.tokens) return;  // No barrier of the block follows.
   const int64_t row = p.experts + p.num_groups;
-  uint32_t* const keys = p.keys ? p.keys + token * row
-                                : reinterpret_cast<uint32_t*>(ptx::dynamic_smem()) + warp * row;
+  uint32_t* const keys =
+      p.keys ? p.keys + token * row : reinterpret_cast<uint32_t*>(ptx::dynamic_smem()) + warp * row;
 
   const Scores<T> scores(p, token);
   for (int64_t e = lane; e < p.experts; e += 32) {

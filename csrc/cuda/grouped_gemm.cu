@@ -1,0 +1,75 @@
+// grouped_gemm: which kernel, and the rows that belong to no expert.
+#include "grouped_gemm.cuh"
+#include "primitives.h"
+
+namespace simple_moe::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+// A warp takes a row.
+__global__ void __launch_bounds__(kThreads) zero_other_rows_kernel(const GroupedGemm p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  // Malformed offsets are made monotonic by a running maximum: the experts' rows are those from the
+  // first offset to the largest.
+  bool held = false;
+  for (int64_t e = 1; e <= p.experts; ++e) held |= p.expert_offsets[e] > row;
+  if (row >= p.rows || (held && p.expert_offsets[0] <= row)) return;
+  const float zeros[kVector] = {};
+  for (int64_t column = threadIdx.x % 32; column < p.n; column += 32) {
+    store_vector(p.out, p.out_dtype, row * p.out_stride + column, 1, false, zeros);
+  }
+}
+
+// A block takes rows of one expert.
+__global__ void __launch_bounds__(kThreads)
+    grouped_gemm_epilogue_kernel(const GroupedGemm p, const float* product, int64_t first_row,
+                                 int64_t rows, int64_t expert, bool aligned) {
+  constexpr int kRowsAtOnce = 8;
+  const bool gated = is_gated(p.activation.kind);
+  const int64_t width = gated ? 2 * p.n : p.n;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRowsAtOnce;
+  const int64_t left = rows - first;
+  const int count = left < kRowsAtOnce ? static_cast<int>(left) : kRowsAtOnce;
+  float* const staged = reinterpret_cast<float*>(ptx::dynamic_smem());
+  constexpr int kColumns = 2 * kThreads, kPitch = kColumns + 8;
+  const int outputs = gated ? kColumns / 2 : kColumns;
+  for (int64_t column = 0; column < p.n; column += outputs) {
+    for (int i = threadIdx.x; i < count * kColumns; i += kThreads) {
+      const int row = i / kColumns, j = i % kColumns;
+      const int64_t output = column + j % outputs;
+      const int64_t from = gated ? branch_row(p, output, j >= outputs) : output;
+      staged[row * kPitch + j] = output < p.n ? product[(first + row) * width + from] : 0.0f;
+    }
+    __syncthreads();
+    finish_rows(p, expert, first_row + first, count, column, kColumns, staged, kPitch, aligned);
+    __syncthreads();
+  }
+}
+
+}  // namespace
+
+void grouped_gemm(const GroupedGemm& p, cudaStream_t stream) {
+  if (p.rows == 0 || p.n == 0) return;
+  if (p.zero_other_rows) {
+    launch(zero_other_rows_kernel, (p.rows + 3) / 4, kThreads, 0, stream, p);
+  }
+  const bool line_major = p.b_col_stride != 1;
+  switch (p.dtype) {
+    case DType::kFloat16:
+      return line_major ? grouped_gemm_f16_line_major(p, stream) : grouped_gemm_f16(p, stream);
+    case DType::kBFloat16:
+      return line_major ? grouped_gemm_bf16_line_major(p, stream) : grouped_gemm_bf16(p, stream);
+    case DType::kFloat32:
+      return grouped_gemm_f32(p, stream);
+  }
+}
+
+void grouped_gemm_epilogue(const GroupedGemm& p, const float* product, int64_t first_row,
+                           int64_t rows, int64_t expert, cudaStream_t stream) {
+  launch(grouped_gemm_epilogue_kernel, (rows + 7) / 8, kThreads,
+         sizeof(float) * 8 * (2 * kThreads + 8), stream, p, product, first_row, rows, expert,
+         rows_are_aligned(p.out, p.out_stride, p.out_dtype));
+}
+
+}  // namespace simple_moe::cuda
