@@ -4,12 +4,10 @@ Where values are small integers every sum is exact, whatever its order: results 
 bit for bit.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
-from emulator import Emulator, EmulatorError, build
-from hypothesis import HealthCheck, given, settings
+from emulator import Emulator, build
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from moe_ops import reference
 
@@ -29,6 +27,9 @@ EPSILON = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 def examples(count):
     return settings(
         max_examples=count,
+        # Failures are shown as they were drawn: the cases are small, and test_planted_bug has many.
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
         deadline=None,
         derandomize=True,
         database=None,
@@ -48,7 +49,9 @@ def twice(operator, *args, seed=0, **kwargs):
     first = operator(*args, seed=seed, **kwargs)
     second = operator(*args, seed=seed + 1, **kwargs)
     for x, y in zip(first, second) if isinstance(first, list) else [(first, second)]:
-        assert torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+        x, y = (t.clone(memory_format=torch.contiguous_format).view(-1) for t in (x, y))
+        x, y = x.view(torch.uint8), y.view(torch.uint8)
+        assert torch.equal(x, y)
     return first
 
 
@@ -100,6 +103,18 @@ def test_toy_scan(emulator):
     assert torch.equal(twice(emulator.toy_scan, x), x.cumsum(0).int())
 
 
+@examples(25)
+@given(st.sampled_from([1, 8, 600]), st.integers(0, 120), st.integers(1, 3), OFFSETS, SEEDS,
+       MACHINES)  # fmt: skip
+def test_toy_tiles(emulator, experts, rows, column_tiles, kind, seed, machine):
+    offsets = Random(seed).expert_offsets(experts, rows, kind)
+    out = twice(emulator.toy_tiles, offsets, rows=rows, column_tiles=column_tiles, **machine)
+    expected = torch.full_like(out, -1)
+    for e, of_expert in enumerate(reference.row_ranges(offsets, rows)):
+        expected[of_expert] = e
+    assert torch.equal(out, expected)
+
+
 # ---- topk_route ----
 
 
@@ -120,9 +135,9 @@ def routes(draw):
     )
 
 
-@examples(25)
-@given(routes(), FLOATS, st.booleans(), SEEDS, MACHINES, st.booleans())
-def test_topk_route(emulator, route, dtype, biased, seed, machine, tiny_memory):
+@examples(60)
+@given(routes(), FLOATS, st.none() | FLOATS, SEEDS, MACHINES, st.booleans())
+def test_topk_route(emulator, route, dtype, bias, seed, machine, tiny_memory):
     random = Random(seed)
     shape = route.pop("tokens"), route.pop("experts")
     # Few different values: many ties, and whether two sums are equal is no matter of rounding.
@@ -131,13 +146,12 @@ def test_topk_route(emulator, route, dtype, biased, seed, machine, tiny_memory):
         logits[random.integers(*shape, low=0, high=20) == 0] = extreme
     if shape[0]:
         logits[0] = torch.nan
-    bias = random.integers(shape[1], low=-1, high=1) * 0.125 if biased else None
+    if bias is not None:
+        bias = random.integers(shape[1], low=-1, high=1, dtype=bias) * 0.125
     if tiny_memory:
         machine["smem_per_block"] = 2 << 10
     weights, ids = twice(emulator.topk_route, logits, bias=bias, **route, **machine)
-    expected_weights, expected_ids = reference.topk_route(
-        logits, correction_bias=bias, **route
-    )
+    expected_weights, expected_ids = reference.topk_route(logits, correction_bias=bias, **route)
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-7)
 
@@ -145,12 +159,14 @@ def test_topk_route(emulator, route, dtype, biased, seed, machine, tiny_memory):
 # ---- sort_by_expert ----
 
 
-@examples(25)
+@examples(60)
 @given(st.data(), st.sampled_from([torch.int32, torch.int64]), SEEDS, MACHINES)
 def test_sort_by_expert(emulator, data, dtype, seed, machine):
     experts = data.draw(st.sampled_from([1, 2, 7, 8, 60, 512, 1100]))
     slots = data.draw(st.integers(0, data.draw(st.sampled_from([5, 100, 3000]))))
     expert_offset = data.draw(st.sampled_from([0, experts, 3]))
+    if data.draw(st.booleans()):
+        machine["smem_per_block"] = 2 << 10
     random = Random(seed)
     ids = random.integers(slots, low=-2, high=experts + 2, dtype=dtype) + expert_offset
     if data.draw(st.booleans()):  # all tokens to one expert, but for a few
@@ -281,8 +297,9 @@ def test_grouped_gemm(emulator, case, seed, machine):
 @examples(25)
 @given(gemms(), st.sampled_from(list(reference.ACTIVATIONS)),
        st.sampled_from(reference.GATE_LAYOUTS), st.booleans(), SEEDS, MACHINES)  # fmt: skip
-def test_grouped_gemm_activation(emulator, case, activation, gate_layout, parameters_given, seed,
-                                 machine):
+def test_grouped_gemm_activation(
+    emulator, case, activation, gate_layout, parameters_given, seed, machine
+):
     random = Random(seed)
     branches = 2 if reference.ACTIVATIONS[activation].gated else 1
     a, b, offsets, held, arguments = gemm_inputs(case, random, branches)
@@ -333,20 +350,24 @@ def test_grouped_gemm_wgrad(emulator, data, dtype, kind, seed, machine):
 # ---- combine ----
 
 
-@examples(25)
+@examples(60)
 @given(st.data(), FLOATS, OFFSETS, SEEDS, MACHINES)
 def test_combine(emulator, data, dtype, kind, seed, machine):
     tokens, topk = data.draw(st.integers(0, 20)), data.draw(st.sampled_from([1, 2, 8, 10]))
-    hidden, experts = data.draw(SIZES), data.draw(st.sampled_from([1, 3, 8]))
+    hidden, experts = data.draw(SIZES | st.just(1030)), data.draw(st.sampled_from([1, 3, 8]))
     random, rows = Random(seed), tokens * topk
-    weights = random.integers(tokens, topk) * 0.25
+    weights = random.integers(tokens, topk, dtype=data.draw(FLOATS)) * 0.25
     offsets = random.expert_offsets(experts, rows, kind)
     slots = torch.randperm(rows, generator=random.generator).int()
     padding = data.draw(st.sampled_from([0, 0, 8, 1]))
     expert_out = random.integers(rows, hidden + padding, dtype=dtype)[:, :hidden]
     slot_rows = torch.full((rows,), -1, dtype=torch.int32)
+    if data.draw(st.booleans()):  # anybody's: some don't exist, some come twice
+        slots = random.integers(rows, low=-rows, high=2 * rows, dtype=torch.int32)
     held = int(offsets.clamp(0, rows).max())
-    slot_rows[slots[:held].long()] = torch.arange(held, dtype=torch.int32)
+    for row, slot in enumerate(slots[:held].tolist()):
+        if 0 <= slot < rows:
+            slot_rows[slot] = row
     expert_out[held:] = torch.nan
     weights[slot_rows.view(tokens, topk) < 0] = torch.nan
     weighted, ready = data.draw(st.booleans()), data.draw(st.booleans())

@@ -252,3 +252,12 @@ class Emulator:
 
     def toy_scan(self, x, **machine):
         return self.run("toy_scan", dict(n=x.numel()), dict(x=x), dict(out=x), **machine)
+
+    def toy_tiles(self, expert_offsets, *, rows, column_tiles, **machine):
+        """-1 where no tile lies."""
+        experts = expert_offsets.numel() - 1
+        scalars = dict(experts=experts, rows=rows, column_tiles=column_tiles)
+        out = torch.empty(rows, column_tiles, dtype=torch.int32)
+        inputs = dict(expert_offsets=expert_offsets)
+        out = self.run("toy_tiles", scalars, inputs, dict(out=out), **machine)
+        return torch.where(out == 0x7F7F7F7F, -1, out)

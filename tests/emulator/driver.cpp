@@ -26,7 +26,8 @@ const DeviceInfo& device_info() { return device; }
 namespace {
 
 // `offset` bytes past an aligned address, and of exactly the right size, so that ASan sees one
-// element too far. 0xFF (NaN, -1) shows what nobody wrote.
+// element too far. NaN shows what nobody wrote, and a huge number does among integers, where -1 may
+// be the right answer.
 struct Array {
   std::string name;
   bool output;
@@ -41,7 +42,7 @@ struct Array {
     if (posix_memalign(&memory, 256, offset + bytes) != 0) std::abort();
     block.reset(static_cast<unsigned char*>(memory));
     data = block.get() + offset;
-    std::memset(data, 0xFF, bytes);
+    std::memset(data, dtype < 0 ? 0x7F : 0xFF, bytes);
   }
 };
 
@@ -191,6 +192,11 @@ void toy_scan(Request& r) {
   toys::scan(r.data<int>("x"), r.data<int>("out"), r.scalar("n"));
 }
 
+void toy_tiles(Request& r) {
+  toys::tiles(r.data<int>("expert_offsets"), r.data<int>("out"), r.scalar("experts"),
+              r.scalar("rows"), r.scalar("column_tiles"));
+}
+
 const std::map<std::string, void (*)(Request&)> kOperators = {
     {"topk_route", topk_route},
     {"sort_by_expert", sort_by_expert},
@@ -199,6 +205,7 @@ const std::map<std::string, void (*)(Request&)> kOperators = {
     {"combine", combine},
     {"toy_gemm", toy_gemm},
     {"toy_scan", toy_scan},
+    {"toy_tiles", toy_tiles},
 };
 
 void serve(const std::string& name, Request& r) {

@@ -90,6 +90,14 @@ T atomicAdd(T* pointer, std::type_identity_t<T> value) {
   return old;
 }
 
+template <typename T>
+T atomicMax(T* pointer, std::type_identity_t<T> value) {
+  emulator::maybe_switch();
+  const T old = *pointer;
+  *pointer = std::max(old, value);
+  return old;
+}
+
 inline void __threadfence() { emulator::maybe_switch(); }
 inline void __syncthreads(emulator::Where where = emulator::Where::current()) {
   emulator::maybe_switch();

@@ -1,6 +1,7 @@
 #include "toys.h"
 
 #include "cuda/block_scan.cuh"
+#include "cuda/expert_tiles.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 
@@ -68,6 +69,21 @@ __global__ void scan_kernel(const int* x, int* out, int n) {
   if (i < n) out[i] = value;
 }
 
+using Tiles = ExpertTiles<64, 16>;
+
+__global__ void tiles_kernel(const int* expert_offsets, int* out, int64_t experts, int64_t rows,
+                             int64_t column_tiles) {
+  Tiles tiles(reinterpret_cast<Tiles::Storage*>(ptx::dynamic_smem()), expert_offsets, experts,
+              rows, column_tiles);
+  Tile tile;
+  for (int64_t number = blockIdx.x; tiles.find(number, tile); number += gridDim.x) {
+    const int row = threadIdx.x;
+    if (row < tile.row_count) {
+      out[(tile.row_begin + row) * column_tiles + tile.column_tile] = tile.expert;
+    }
+  }
+}
+
 }  // namespace
 
 void gemm(const bf16* a, const bf16* b, float* out, int m, int n, int k, bool b_is_k_by_n) {
@@ -77,6 +93,12 @@ void gemm(const bf16* a, const bf16* b, float* out, int m, int n, int k, bool b_
 
 void scan(const int* x, int* out, int n) {
   launch(scan_kernel, 1, 1024, 32 * sizeof(int), nullptr, x, out, n);
+}
+
+void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows,
+           int64_t column_tiles) {
+  launch(tiles_kernel, device_info().sm_count, 64, sizeof(Tiles::Storage), nullptr, expert_offsets,
+         out, experts, rows, column_tiles);
 }
 
 }  // namespace simple_moe::toys

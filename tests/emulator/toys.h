@@ -15,5 +15,9 @@ void gemm(const bf16* a, const bf16* b, float* out, int m, int n, int k, bool b_
 // The inclusive prefix sum of up to 1024 values.
 void scan(const int* x, int* out, int n);
 
+// out[row][column tile]: the expert whose tile it is. Other rows are left alone.
+void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows,
+           int64_t column_tiles);
+
 }  // namespace toys
 }  // namespace simple_moe

@@ -1,0 +1,87 @@
+"""What the properties of test_emulator.py are worth: with a bug planted in a kernel, they fail."""
+
+import pytest
+import test_emulator as properties
+from emulator import Emulator, EmulatorError, build
+
+TOYS, ROUTE, SORT, COMBINE = (
+    "tests/emulator/toys.cu", "csrc/cuda/topk_route.cu", "csrc/cuda/sort_by_expert.cu",
+    "csrc/cuda/combine.cu",
+)  # fmt: skip
+MMA = "csrc/cuda/mma_tile.cuh"
+SCAN, TILES = "csrc/cuda/block_scan.cuh", "csrc/cuda/expert_tiles.cuh"
+
+
+def toy_gemms(emulator):
+    properties.test_toy_gemm(emulator, False)
+    properties.test_toy_gemm(emulator, True)
+
+
+# name: the file, its text, the bug in its place, the test that must fail.
+PLANTED = {
+    "cp.async not waited for": (TOYS, "cp_async_wait<1>()", "cp_async_wait<2>()", toy_gemms),
+    "stage overwritten while read": (
+        TOYS, "__syncthreads();  // all threads have read the stage", "", toy_gemms),
+    "stage read before all copied": (
+        TOYS, "__syncthreads();  // all threads' copies have landed", "", toy_gemms),
+    "rows past the end copied": (TOYS, "row0 + row < m;", "true;", toy_gemms),
+    "matrices in another order": (
+        TOYS, "stage.b[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]",
+        "stage.b[lane / 8 % 2 * 8 + lane % 8][lane / 16 * 8]", toy_gemms),
+    "scan without its barrier": (
+        SCAN, "__syncthreads();\n  int before = 0;", "int before = 0;", properties.test_toy_scan),
+    "scan over its last readers": (
+        SCAN, "__syncthreads();  // the last scan's readers are done", "",
+        properties.test_toy_tiles),
+    "offsets not clamped": (
+        TILES, "offset > rows_ ? rows_ : offset", "offset", properties.test_toy_tiles),
+    "offsets not monotonic": (
+        TILES, "Max()(left, begin[i])", "begin[i]", properties.test_toy_tiles),
+    "window not waited for": (
+        TILES, "}\n    __syncthreads();\n  }", "}\n  }", properties.test_toy_tiles),
+    "product before its copies": (
+        MMA, "cp_async_wait<Shape::kStages - 2>", "cp_async_wait<Shape::kStages>",
+        properties.test_grouped_gemm),
+    "product before the others' copies": (
+        MMA, "__syncthreads();  // This slot has landed", "// This slot has landed",
+        properties.test_grouped_gemm),
+    "logit one too far": (
+        ROUTE, "e < p.experts; e += 32) {\n    keys[e]", "e <= p.experts; e += 32) {\n    keys[e]",
+        properties.test_topk_route),
+    "groups not waited for": (
+        ROUTE, "}\n  __syncwarp();\n  uint64_t last_chosen", "}\n  uint64_t last_chosen",
+        properties.test_topk_route),
+    "NaN counted in the sum": (ROUTE, "if (term == term) sum_", "sum_", properties.test_topk_route),
+    "counts not waited for": (
+        SORT, "__syncthreads();\n  sum_counts(", "sum_counts(", properties.test_sort_by_expert),
+    "count changed while read": (
+        SORT, "__syncwarp();  // all have read the count", "", properties.test_sort_by_expert),
+    "last offset not written": (
+        SORT, "if (bin < bins) p.expert_offsets", "if (bin < p.experts) p.expert_offsets",
+        properties.test_sort_by_expert),
+    "slot's row not written": (
+        SORT, "if (p.slot_rows) p.slot_rows", "if (p.slot_rows && bin < p.experts) p.slot_rows",
+        properties.test_sort_by_expert),
+    "slot rows not cleared": (
+        COMBINE, "if (slot < p.tokens * p.topk) p.slot_rows[slot] = -1;", "(void)slot;",
+        properties.test_combine),
+    "slots that don't exist": (
+        COMBINE, "slot >= 0 && slot < p.tokens * p.topk", "slot < p.tokens * p.topk",
+        properties.test_combine),
+    "columns past the end": (
+        COMBINE, "left < kVector ? static_cast<int>(left) : kVector", "left ? kVector : 0",
+        properties.test_combine),
+    "16 bytes at once anywhere": (
+        COMBINE, "rows_are_aligned(p.out, p.hidden, p.out_dtype)", "true", properties.test_combine),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bug(bug):
+    file, old, new, test = PLANTED[bug]
+    emulator = Emulator(build({file: (old, new)}))
+    try:
+        with pytest.raises((AssertionError, EmulatorError)):
+            test(emulator)
+    finally:
+        emulator.close()
