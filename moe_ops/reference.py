@@ -215,11 +215,13 @@ def topk_route(
 
 
 def _scores(logits: Tensor, scoring: str) -> Tensor:
-    if scoring == "sigmoid":
-        return torch.sigmoid(logits)
-    # One NaN must not spoil the others: it is left out of the sum and keeps only its own place.
+    # One NaN must not spoil the others: it is left out of the sum, keeps only its own place, and
+    # its gradient is zero.
     is_nan = torch.isnan(logits)
-    scores = torch.softmax(logits.masked_fill(is_nan, -torch.inf), dim=-1)
+    if scoring == "sigmoid":
+        scores = torch.sigmoid(logits.masked_fill(is_nan, 0.0))
+    else:
+        scores = torch.softmax(logits.masked_fill(is_nan, -torch.inf), dim=-1)
     return scores.masked_fill(is_nan, torch.nan)
 
 

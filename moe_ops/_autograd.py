@@ -1,0 +1,287 @@
+"""Gradients and the autocast rule of torch.ops.simple_moe.*.
+
+Every backward pass is made of the package's own operators and of torch's elementwise ones and
+gathers: it waits for no device, adds with no atomics and can be captured, compiled and
+differentiated again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd
+
+from ._derivatives import activation_and_derivatives
+from .reference import ACTIVATIONS, split_branches
+
+ops = torch.ops.simple_moe
+
+
+def _sum_rows(rows: Tensor, expert_offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """[M, N] -> [E, N]: each expert's rows summed, by a product with ones."""
+    # 8 columns of them: the narrowest that a kernel reads 16 bytes at a time.
+    ones = rows.new_ones((rows.shape[0], 8))
+    sums = ops.grouped_gemm_wgrad(rows, ones, expert_offsets, output_dtype=torch.float32)
+    return sums[:, :, 0].to(dtype)
+
+
+# ---- grouped_gemm and its gradient: each other's derivatives ----
+
+
+def _grouped_gemm_setup(ctx, inputs, keyword_only_inputs, output):
+    a, b, expert_offsets, bias = inputs
+    ctx.save_for_backward(a, b, expert_offsets)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.backend = keyword_only_inputs["backend"]
+
+
+def _grouped_gemm_backward(ctx, grad):
+    a, b, expert_offsets = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grad = grad.to(a.dtype)
+    da = db = dbias = None
+    if needs[0]:
+        da = ops.grouped_gemm(grad, b.transpose(1, 2), expert_offsets, backend=ctx.backend)
+    if needs[1]:
+        db = ops.grouped_gemm_wgrad(grad, a, expert_offsets)
+    if ctx.bias_dtype is not None and needs[3]:
+        dbias = _sum_rows(grad, expert_offsets, ctx.bias_dtype)
+    return da, db, None, dbias
+
+
+register_autograd(
+    "simple_moe::grouped_gemm", _grouped_gemm_backward, setup_context=_grouped_gemm_setup
+)
+
+
+def _grouped_gemm_wgrad_setup(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_gemm_wgrad_backward(ctx, grad):
+    a, b, expert_offsets = ctx.saved_tensors
+    grad = grad.to(a.dtype)
+    da = db = None
+    if ctx.needs_input_grad[0]:
+        da = ops.grouped_gemm(b, grad, expert_offsets)
+    if ctx.needs_input_grad[1]:
+        db = ops.grouped_gemm(a, grad.transpose(1, 2), expert_offsets)
+    return da, db, None
+
+
+register_autograd(
+    "simple_moe::grouped_gemm_wgrad",
+    _grouped_gemm_wgrad_backward,
+    setup_context=_grouped_gemm_wgrad_setup,
+)
+
+
+# ---- combine ----
+
+
+def _combine_setup(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _combine_backward(ctx, grad):
+    expert_out, topk_weights, sorted_slots, expert_offsets = ctx.saved_tensors
+    rows, topk = expert_out.shape[0], topk_weights.shape[1]
+    slots = topk_weights.numel()
+    # Which row a slot is summed from, by the operator's own rule: -1 for none, the later of two.
+    row = torch.arange(rows, device=grad.device)
+    end = expert_offsets.clamp(0, rows).amax()
+    valid = (row < end) & (sorted_slots >= 0) & (sorted_slots < slots)
+    slot = torch.where(valid, sorted_slots.long(), slots)
+    slot_rows = row.new_full((slots + 1,), -1).scatter_reduce(0, slot, row, "amax")
+    used = valid & (slot_rows[slot] == row)
+    drows = dweights = None
+    if ctx.needs_input_grad[0]:
+        slot = torch.where(used, slot, 0)
+        weight = topk_weights.flatten()[slot].float().unsqueeze(1)
+        drows = torch.where(used.unsqueeze(1), weight * grad[slot // topk].float(), 0.0)
+        drows = drows.to(expert_out.dtype)
+    if ctx.needs_input_grad[1]:
+        slot_rows = slot_rows[:slots]
+        taken = expert_out[slot_rows.clamp(min=0)].float().unflatten(0, topk_weights.shape)
+        products = (taken * grad.float().unsqueeze(1)).sum(dim=2)
+        held = (slot_rows >= 0).view(topk_weights.shape)
+        dweights = torch.where(held, products, 0.0).to(topk_weights.dtype)
+    return drows, dweights, None, None
+
+
+register_autograd("simple_moe::combine", _combine_backward, setup_context=_combine_setup)
+
+
+# ---- topk_route ----
+
+
+def _topk_route_setup(ctx, inputs, keyword_only_inputs, output):
+    router_logits, _, correction_bias = inputs
+    ctx.save_for_backward(router_logits, correction_bias, output[1])
+    for name in ("scoring", "renormalize", "scaling"):
+        setattr(ctx, name, keyword_only_inputs[name])
+
+
+def _topk_route_backward(ctx, grad, _):
+    router_logits, correction_bias, ids = ctx.saved_tensors
+    ids = ids.long()
+    logits = router_logits.float()
+    is_nan = logits.isnan()
+    if ctx.scoring == "sigmoid":
+        scores = torch.sigmoid(logits.masked_fill(is_nan, 0.0))
+    else:
+        scores = torch.softmax(logits.masked_fill(is_nan, -torch.inf), dim=-1)
+    # A choice that is NaN ranks last with weight 0.
+    rejected = is_nan.gather(1, ids)
+    if correction_bias is not None:
+        rejected = rejected | correction_bias.isnan()[ids]
+    chosen = scores.gather(1, ids).masked_fill(rejected, 0.0)
+    grad = grad * ctx.scaling
+    if ctx.renormalize:
+        # weight = score / total
+        total = chosen.sum(dim=1, keepdim=True)
+        safe = torch.where(total > 0, total, 1.0)
+        along = (grad * chosen).sum(dim=1, keepdim=True) / safe
+        grad = torch.where(total > 0, (grad - along) / safe, grad)
+    grad = grad.masked_fill(rejected, 0.0)
+    # Ids of one token differ: nothing is added.
+    dscores = torch.zeros_like(scores).scatter(1, ids, grad)
+    if ctx.scoring == "sigmoid":
+        dlogits = dscores * scores * (1 - scores)
+    else:
+        dlogits = scores * (dscores - (dscores * scores).sum(dim=1, keepdim=True))
+    dlogits = dlogits.masked_fill(is_nan, 0.0)
+    # correction_bias only steers the choice: no gradient reaches it.
+    return dlogits.to(router_logits.dtype), None, None
+
+
+register_autograd("simple_moe::topk_route", _topk_route_backward, setup_context=_topk_route_setup)
+
+
+# ---- fused_moe ----
+
+
+def _fused_moe_setup(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.options = keyword_only_inputs
+
+
+def _fused_moe_backward(ctx, grad):
+    """Recomputes the first product; keeps nothing but the inputs.
+
+        h1 = x[token] w1'  a = act(h1)  h2 = a w2' + b2  out[token] += weight * h2   (one row a slot)
+
+    With u = grad[token] w2, everything follows: da = weight * u, dweight = <a, u> + <b2, grad>.
+    Rows past the last offset (slots not held here) are zero in every product's output and are
+    never read as its input.
+    """
+    x, w1, w2, topk_weights, topk_ids, b1, b2, alpha, beta, limit = ctx.saved_tensors
+    options = ctx.options
+    needs = ctx.needs_input_grad
+    for name, needed in zip(("alpha", "beta", "limit"), needs[7:10], strict=False):
+        if needed:
+            raise NotImplementedError(
+                f"fused_moe: {name} wants a gradient, expected requires_grad=False: there is none"
+            )
+    dtype, experts, topk = x.dtype, w1.shape[0], topk_ids.shape[1]
+    activation, gate_layout = options["activation"], options["gate_layout"]
+    backend = options["backend"]
+    offsets, slots = ops.sort_by_expert(topk_ids, experts, options["expert_offset"])
+    row = torch.arange(slots.shape[0], device=x.device, dtype=torch.int32)
+    held = row < offsets[-1]
+    expert = torch.bucketize(row, offsets[1:], right=True).clamp(max=experts - 1)
+    slot = slots.long()
+    token = slot // topk
+    weight = torch.where(held, topk_weights.flatten()[slot].float(), 0.0).unsqueeze(1)
+    x_rows, grad_rows = x[token], grad[token].to(dtype)
+
+    h1 = ops.grouped_gemm(x_rows, w1, offsets, b1, output_dtype=torch.float32, backend=backend)
+    gated = ACTIVATIONS[activation].gated
+    gate, up = split_branches(h1, gate_layout) if gated else (h1, None)
+    parameters = {}
+    for name, per_expert in (("alpha", alpha), ("beta", beta), ("limit", limit)):
+        if per_expert is not None:
+            parameters[name] = per_expert[expert].unsqueeze(1)
+        elif options[name] is not None:
+            parameters[name] = options[name]
+    a, dgate, dup = activation_and_derivatives(activation, gate, up, **parameters)
+    u = ops.grouped_gemm(
+        grad_rows, w2.transpose(1, 2), offsets, output_dtype=torch.float32, backend=backend
+    )
+    da = weight * u
+    dx = dw1 = dw2 = dweights = db1 = db2 = None
+
+    if needs[4 - 1]:
+        dweight = (a * u).sum(dim=1)
+        if b2 is not None:
+            dweight = dweight + (b2[expert].float() * grad_rows.float()).sum(dim=1)
+        dweight = torch.where(held, dweight, 0.0)
+        # Every slot has one row: nothing is added.
+        dweights = torch.zeros_like(dweight).scatter(0, slot, dweight)
+        dweights = dweights.view(topk_weights.shape).to(topk_weights.dtype)
+    if needs[2] or (b2 is not None and needs[6]):
+        dh2 = (weight * grad_rows.float()).to(dtype)
+        if needs[2]:
+            dw2 = ops.grouped_gemm_wgrad(dh2, a.to(dtype), offsets)
+        if b2 is not None and needs[6]:
+            db2 = _sum_rows(dh2, offsets, b2.dtype)
+    if needs[0] or needs[1] or (b1 is not None and needs[5]):
+        dh1 = _join(da * dgate, None if dup is None else da * dup, gate_layout).to(dtype)
+        if needs[0]:
+            dx_rows = ops.grouped_gemm(dh1, w1.transpose(1, 2), offsets, backend=backend)
+            ones = torch.ones_like(topk_weights, dtype=torch.float32)
+            dx = ops.combine(dx_rows, ones, slots, offsets)
+        if needs[1]:
+            dw1 = ops.grouped_gemm_wgrad(dh1, x_rows, offsets)
+        if b1 is not None and needs[5]:
+            db1 = _sum_rows(dh1, offsets, b1.dtype)
+    return dx, dw1, dw2, dweights, None, db1, db2, None, None, None
+
+
+def _join(gate: Tensor, up: Tensor | None, gate_layout: str) -> Tensor:
+    """split_branches' inverse."""
+    if up is None:
+        return gate
+    if gate_layout == "interleaved":
+        return torch.stack([gate, up], dim=-1).flatten(1)
+    return torch.cat([gate, up] if gate_layout == "gate_up" else [up, gate], dim=1)
+
+
+register_autograd("simple_moe::fused_moe", _fused_moe_backward, setup_context=_fused_moe_setup)
+
+
+# ---- What has no gradient, and autocast ----
+
+_library = torch.library.Library("simple_moe", "IMPL")
+
+
+def _fused_moe_out(keyset, *args, **kwargs):
+    tensors = [*args, *kwargs.values()]
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "fused_moe: out is given while an argument requires a gradient, expected no out (or"
+            " torch.no_grad()): writing into a tensor has no gradient"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.fused_moe.out.redispatch(
+            keyset & torch._C._after_autograd_keyset, *args, **kwargs
+        )
+
+
+_library.impl("fused_moe.out", _fused_moe_out, "Autograd", with_keyset=True)
+
+
+def _autocast_rule(device: str, key: str):
+    # register_autocast would cast the routing weights too.
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def fused_moe(x, w1, w2, *args, **kwargs):
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return ops.fused_moe(x.to(dtype), w1.to(dtype), w2.to(dtype), *args, **kwargs)
+
+    _library.impl("fused_moe", fused_moe, key)
+
+
+_autocast_rule("cpu", "AutocastCPU")
+_autocast_rule("cuda", "AutocastCUDA")
