@@ -1,0 +1,220 @@
+"""What only a GPU can show: graphs, streams, no waiting, sizes past 2**31, other GPUs' limits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import DTYPES, TOLERANCE, assert_accurate, assert_same_bits, require_gradients
+from strategies import MoeCase, RouteCase
+
+import moe_ops
+from moe_ops import reference
+
+LAYER = MoeCase(tokens=65, topk=3, experts=8, hidden=264, intermediate=130, bias="float32")
+
+
+def whole_layer(x, logits, w1, w2):
+    weights, ids = moe_ops.topk_route(logits, 2)
+    return moe_ops.fused_moe(x, w1, w2, weights, ids)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 7, 300, 9000])
+def test_a_graph_follows_new_routing_and_weights(tokens, dtype, cuda):
+    def fill():
+        return [
+            torch.randn(tokens, 64, device=cuda).to(dtype),
+            torch.randn(tokens, 8, device=cuda),
+            torch.randn(8, 96, 64, device=cuda).div(8).to(dtype),
+            torch.randn(8, 64, 48, device=cuda).div(8).to(dtype),
+        ]
+
+    static = fill()
+    whole_layer(*static)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = whole_layer(*static)
+    for _ in range(3):
+        for tensor, new in zip(static, fill(), strict=True):
+            tensor.copy_(new)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert_same_bits(out, whole_layer(*static))
+
+
+def test_backward_in_a_graph(cuda):
+    arguments = LAYER.but(dtype=torch.bfloat16).arguments(cuda)
+    leaves = require_gradients(arguments, ["x", "w1", "w2", "b1", "b2", "topk_weights"])
+
+    def step():
+        out = moe_ops.fused_moe(**arguments)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_never_waits_for_the_device(cuda):
+    case = LAYER.but(dtype=torch.bfloat16)
+    arguments = case.arguments(cuda)
+    leaves = require_gradients(arguments, ["x", "w1", "w2", "topk_weights"])
+    logits = RouteCase().arguments(cuda)
+    grad = torch.ones(case.tokens, case.hidden, device=cuda, dtype=case.dtype)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = moe_ops.fused_moe(**arguments)
+        torch.autograd.grad(out, leaves, grad)
+        moe_ops.topk_route(**logits)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_while_the_device_is_busy(dtype, cuda):
+    arguments = LAYER.but(tokens=700, dtype=dtype).arguments(cuda)
+    expected = moe_ops.fused_moe(**arguments)
+    other, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device=cuda)
+    torch.cuda.synchronize()
+    for _ in range(20):
+        with torch.cuda.stream(other):
+            noise @ noise
+        assert_same_bits(moe_ops.fused_moe(**arguments), expected)
+
+
+def test_runs_on_the_current_stream(cuda):
+    arguments = LAYER.arguments(cuda)
+    expected = moe_ops.fused_moe(**arguments)
+    x = arguments["x"].clone()
+    arguments["x"] = torch.zeros_like(x)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        arguments["x"].copy_(x)  # Seen only by what waits in the same stream.
+        out = moe_ops.fused_moe(**arguments)
+    stream.synchronize()
+    assert_same_bits(out, expected)
+
+
+def test_cublas_agrees_and_cannot_be_captured(cuda):
+    for dtype in DTYPES:
+        for case in (LAYER.but(dtype=dtype), LAYER.but(dtype=dtype, routing="masked", tokens=9)):
+            arguments = case.arguments(cuda)
+            expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)
+            out = moe_ops.fused_moe(**arguments, backend="cublas")
+            assert_accurate(out, expected, TOLERANCE[dtype])
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="cublas"), torch.cuda.graph(graph):
+        moe_ops.fused_moe(**arguments, backend="cublas")
+    torch.cuda.synchronize()
+    moe_ops.fused_moe(**arguments)
+
+
+def test_batch_invariant(cuda):
+    """One order of addition in every kernel: the bits don't depend on T."""
+    case = MoeCase(tokens=3000, experts=8, hidden=264, intermediate=72, dtype=torch.bfloat16)
+    arguments = case.arguments(cuda)
+    whole = moe_ops.fused_moe(**arguments, batch_invariant=True)
+    for count in (1, 5, 40, 200, 1500):
+        part = {k: v[:count] if k in ("x", "topk_weights", "topk_ids") else v
+                for k, v in arguments.items()}  # fmt: skip
+        assert_same_bits(moe_ops.fused_moe(**part, batch_invariant=True), whole[:count])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_past_2_to_31_elements(dtype, cuda):
+    experts, rows, hidden = 140, 4096, 4096  # 2.3e9 elements; the last experts lie past 2**31
+    needed = 2 * experts * rows * hidden * dtype.itemsize
+    if torch.cuda.mem_get_info()[0] < 1.5 * needed:
+        pytest.skip(f"needs {1.5 * needed / 2**30:.0f} GiB of free device memory")
+    w1 = torch.zeros(experts, rows, hidden, device=cuda, dtype=dtype)
+    w2 = torch.zeros(experts, hidden, rows, device=cuda, dtype=dtype)
+    for weight in (w1, w2):
+        weight[-1].normal_().mul_(1 / 64)
+    x = torch.randn(5, hidden, device=cuda).to(dtype)
+    ids = torch.full((5, 1), experts - 1, device=cuda)
+    weights = torch.ones(5, 1, device=cuda)
+    out = moe_ops.fused_moe(x, w1, w2, weights, ids, activation="relu")
+    expected = reference.fused_moe(
+        x, w1[-1:], w2[-1:], weights, ids - ids, activation="relu", compute_dtype=torch.float64
+    )
+    assert_accurate(out, expected)
+
+
+def test_rows_past_2_to_31_elements(cuda):
+    tokens, hidden = 600_000, 4096
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free device memory")
+    x = torch.zeros(tokens, hidden, device=cuda, dtype=torch.bfloat16)
+    x[-200:].normal_()
+    w1 = torch.randn(2, 16, hidden, device=cuda).div(64).bfloat16()
+    w2 = torch.randn(2, hidden, 8, device=cuda).div(3).bfloat16()
+    ids = torch.randint(2, (tokens, 1), device=cuda)
+    weights = torch.ones(tokens, 1, device=cuda)
+    out = moe_ops.fused_moe(x, w1, w2, weights, ids)
+    expected = reference.fused_moe(
+        x[-200:], w1, w2, weights[-200:], ids[-200:], compute_dtype=torch.float64
+    )
+    assert_accurate(out[-200:], expected)
+    assert not out[:-200].any()
+
+
+SMALL = """
+import sys, torch
+sys.path.insert(0, "tests")
+from helpers import DTYPES, TOLERANCE, assert_accurate
+from strategies import GemmCase, MoeCase
+import moe_ops
+from moe_ops import reference
+for dtype in DTYPES:
+    for tokens in (3, 65, 400, 3000):
+        case = MoeCase(tokens=tokens, hidden=264, intermediate=72, dtype=dtype, routing="skewed")
+        arguments = case.arguments("cuda")
+        expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)
+        assert_accurate(moe_ops.fused_moe(**arguments), expected)
+    arguments = GemmCase(dtype=dtype, rows=500).wgrad_arguments("cuda")
+    expected = reference.grouped_gemm_wgrad(**arguments, compute_dtype=torch.float64)
+    assert_accurate(moe_ops.grouped_gemm_wgrad(**arguments), expected)
+print("right")
+"""
+
+
+@pytest.mark.parametrize("gpu", ["sms=108,smem_kb=163", "sms=128,smem_kb=99", "sms=1,smem_kb=99"])
+def test_the_limits_of_other_gpus(gpu, cuda):
+    """An A100's, an RTX 4090's, and a GPU of one multiprocessor."""
+    result = subprocess.run(
+        [sys.executable, "-c", SMALL],
+        env={**os.environ, "SIMPLE_MOE_TEST_DEVICE": gpu},
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.stdout.strip() == "right", result.stderr[-3000:]
+
+
+def test_every_element_is_written(cuda):
+    """torch fills new tensors with NaN in this mode: scratch and outputs alike."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for dtype in DTYPES:
+            for tokens in (1, 65, 700):
+                for routing in ("uniform", "masked", "one_hot"):
+                    case = LAYER.but(tokens=tokens, dtype=dtype, routing=routing)
+                    arguments = case.arguments(cuda)
+                    expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)
+                    assert_accurate(moe_ops.fused_moe(**arguments), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
