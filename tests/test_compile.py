@@ -10,7 +10,8 @@ from strategies import CombineCase, GemmCase, MoeCase, RouteCase
 import moe_ops
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-TOKENS = [2, 3, 17, 64, 129]
+# Not 2 first, which is the top-k: torch.compile takes sizes for one where they happen to be equal.
+TOKENS = [17, 2, 3, 64, 129]
 
 
 class CountGraphs:
