@@ -187,10 +187,9 @@ def _fused_moe_backward(ctx, grad):
     activation, gate_layout = options["activation"], options["gate_layout"]
     backend = options["backend"]
     offsets, slots = ops.sort_by_expert(topk_ids, experts, options["expert_offset"])
-    row = torch.arange(slots.shape[0], device=x.device, dtype=torch.int32)
-    held = row < offsets[-1]
-    expert = torch.bucketize(row, offsets[1:], right=True).clamp(max=experts - 1)
     slot = slots.long()
+    held = torch.arange(slots.shape[0], device=x.device) < offsets[-1]
+    expert = torch.where(held, topk_ids.flatten()[slot].long() - options["expert_offset"], 0)
     token = slot // topk
     weight = torch.where(held, topk_weights.flatten()[slot].float(), 0.0).unsqueeze(1)
     x_rows, grad_rows = x[token], grad[token].to(dtype)

@@ -1,0 +1,51 @@
+"""A small suite for compute-sanitizer: every operator, dtype, tile shape and misalignment once.
+
+    compute-sanitizer --tool memcheck  python tests/sanitize.py
+    compute-sanitizer --tool racecheck python tests/sanitize.py
+"""
+
+import torch
+from strategies import CombineCase, GemmCase, MoeCase, RouteCase
+
+import moe_ops
+from helpers import DTYPES, TOLERANCE, assert_accurate, require_gradients
+from moe_ops import reference
+
+
+def main() -> None:
+    checked = 0
+    for dtype in DTYPES:
+        for tokens, layout, routing, hidden in (
+            (1, "contiguous", "uniform", 264),
+            (65, "misaligned", "masked", 264),
+            (130, "padded", "skewed", 130),
+            (700, "contiguous", "idle", 72),
+            (300, "transposed", "uniform", 72),
+        ):
+            case = MoeCase(
+                tokens=tokens, layout=layout, routing=routing, hidden=hidden, intermediate=72,
+                dtype=dtype, bias="float32", ids_dtype=torch.int64,
+            )  # fmt: skip
+            arguments = case.arguments("cuda")
+            expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)
+            assert_accurate(moe_ops.fused_moe(**arguments), expected, TOLERANCE[dtype])
+            checked += 1
+        arguments = MoeCase(tokens=40, dtype=dtype, bias="float32").arguments("cuda")
+        leaves = require_gradients(arguments, ["x", "w1", "w2", "b1", "b2", "topk_weights"])
+        torch.autograd.grad(moe_ops.fused_moe(**arguments).float().sum(), leaves)
+        for offsets in ("uniform", "malformed"):
+            case = GemmCase(rows=130, n=130, k=72, dtype=dtype, offsets=offsets)
+            moe_ops.grouped_gemm(**case.arguments("cuda"))
+            moe_ops.grouped_gemm_wgrad(**case.wgrad_arguments("cuda"))
+        moe_ops.combine(**CombineCase(MoeCase(dtype=dtype, routing="masked")).arguments("cuda"))
+        for route in (RouteCase(dtype=dtype), RouteCase(num_groups=4, topk_groups=2, dtype=dtype)):
+            moe_ops.topk_route(**route.arguments("cuda"))
+        checked += 8
+    ids = torch.randint(-1, 1026, (9000, 2), device="cuda")
+    moe_ops.sort_by_expert(ids, 1025)  # in three kernels
+    torch.cuda.synchronize()
+    print(f"{checked + 1} calls, all right")
+
+
+if __name__ == "__main__":
+    main()
