@@ -97,7 +97,7 @@ def ninja_file(version: str) -> str:
     targets = cuda_targets() if nvcc else []
     cxx = shlex.split(CXX_FLAGS)
     cxx += ["-Icsrc", "-isystem", str(torch / "include")]
-    cxx += ["-DTORCH_TARGET_VERSION=0x%02x%02x000000000000" % MIN_TORCH]
+    cxx += ["-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*MIN_TORCH)]
     # Without --no-as-needed libtorch, and with it the CUDA functions, would be left out: nothing
     # refers to it but weak symbols.
     link = ["-shared", "-Wl,-z,defs", "-Wl,--exclude-libs,ALL", f"-L{torch / 'lib'}"]

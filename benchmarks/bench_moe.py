@@ -87,7 +87,10 @@ def error_of(experts, topk, hidden, intermediate, dtype, tokens=64) -> float:
 
 def commit() -> str:
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    return (
+        subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        or "unknown"
+    )
 
 
 def main() -> None:

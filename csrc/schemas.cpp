@@ -8,7 +8,8 @@ STABLE_TORCH_LIBRARY(simple_moe, m) {
       " Tensor? b1=None, Tensor? b2=None, Tensor? expert_alpha=None, Tensor? expert_beta=None,"
       " Tensor? expert_limit=None, *, str activation=\"swiglu\", str gate_layout=\"gate_up\","
       " float? alpha=None, float? beta=None, float? limit=None, SymInt expert_offset=0,"
-      " ScalarType? output_dtype=None, bool batch_invariant=False, str backend=\"auto\") -> Tensor");
+      " ScalarType? output_dtype=None, bool batch_invariant=False, str backend=\"auto\") -> "
+      "Tensor");
   m.def(
       "fused_moe.out(Tensor x, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids,"
       " Tensor? b1=None, Tensor? b2=None, Tensor? expert_alpha=None, Tensor? expert_beta=None,"

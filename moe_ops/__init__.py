@@ -4,8 +4,8 @@ from . import _library, reference
 
 _library.load()
 
-from . import _autograd, _ops  # noqa: E402, F401 (they register)
-from ._functional import (  # noqa: E402
+from . import _autograd, _ops  # noqa: F401 (they register)
+from ._functional import (
     combine,
     fused_moe,
     grouped_gemm,
@@ -13,7 +13,7 @@ from ._functional import (  # noqa: E402
     sort_by_expert,
     topk_route,
 )
-from .modules import FusedMoE  # noqa: E402
+from .modules import FusedMoE
 
 __version__ = _library.build_info()["version"]
 __all__ = [

@@ -9,6 +9,7 @@ otherwise.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -259,7 +260,7 @@ def sort_by_expert(
 def row_ranges(expert_offsets: Tensor, rows: int) -> Iterator[slice]:
     """The experts' rows. Malformed offsets give ranges within [0, rows] that don't overlap."""
     bounds = _bounds(expert_offsets, rows)
-    return (slice(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False))
+    return (slice(begin, end) for begin, end in itertools.pairwise(bounds))
 
 
 def _bounds(expert_offsets: Tensor, rows: int) -> list[int]:

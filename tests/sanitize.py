@@ -1,14 +1,14 @@
 """A small suite for compute-sanitizer: every operator, dtype, tile shape and misalignment once.
 
-    compute-sanitizer --tool memcheck  python tests/sanitize.py
-    compute-sanitizer --tool racecheck python tests/sanitize.py
+compute-sanitizer --tool memcheck  python tests/sanitize.py
+compute-sanitizer --tool racecheck python tests/sanitize.py
 """
 
 import torch
+from helpers import DTYPES, TOLERANCE, assert_accurate, require_gradients
 from strategies import CombineCase, GemmCase, MoeCase, RouteCase
 
 import moe_ops
-from helpers import DTYPES, TOLERANCE, assert_accurate, require_gradients
 from moe_ops import reference
 
 

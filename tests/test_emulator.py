@@ -9,6 +9,7 @@ import torch
 from emulator import Emulator, build
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
 from moe_ops import reference
 
 FLOATS = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])

@@ -17,14 +17,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
 from moe_ops import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulator"
-FLAGS = (
-    "-std=c++20 -O1 -g1 -fsanitize=address,alignment -fno-sanitize-recover=all -ffp-contract=off"
-    " -Wall -Wextra -Wno-unknown-pragmas"
-).split()
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fsanitize=address,alignment",
+    "-fno-sanitize-recover=all",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # As the enumerations of params.h number them.
 ACTIVATIONS = list(reference.ACTIVATIONS)

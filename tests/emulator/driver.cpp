@@ -188,9 +188,7 @@ void toy_gemm(Request& r) {
              r.scalar("n"), r.scalar("k"), r.scalar("b_is_k_by_n"));
 }
 
-void toy_scan(Request& r) {
-  toys::scan(r.data<int>("x"), r.data<int>("out"), r.scalar("n"));
-}
+void toy_scan(Request& r) { toys::scan(r.data<int>("x"), r.data<int>("out"), r.scalar("n")); }
 
 void toy_tiles(Request& r) {
   toys::tiles(r.data<int>("expert_offsets"), r.data<int>("out"), r.scalar("experts"),
@@ -198,14 +196,10 @@ void toy_tiles(Request& r) {
 }
 
 const std::map<std::string, void (*)(Request&)> kOperators = {
-    {"topk_route", topk_route},
-    {"sort_by_expert", sort_by_expert},
-    {"grouped_gemm", grouped_gemm},
-    {"grouped_gemm_wgrad", grouped_gemm_wgrad},
-    {"combine", combine},
-    {"toy_gemm", toy_gemm},
-    {"toy_scan", toy_scan},
-    {"toy_tiles", toy_tiles},
+    {"topk_route", topk_route},     {"sort_by_expert", sort_by_expert},
+    {"grouped_gemm", grouped_gemm}, {"grouped_gemm_wgrad", grouped_gemm_wgrad},
+    {"combine", combine},           {"toy_gemm", toy_gemm},
+    {"toy_scan", toy_scan},         {"toy_tiles", toy_tiles},
 };
 
 void serve(const std::string& name, Request& r) {

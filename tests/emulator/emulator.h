@@ -35,14 +35,30 @@
 
 using cudaStream_t = struct CudaStream*;
 
-struct uint3 { unsigned x, y, z; };
-struct dim3 { unsigned x = 1, y = 1, z = 1; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
@@ -130,7 +146,7 @@ struct Shuffle {
 template <typename T>
 T shuffle(const char* what, uint32_t mask, T value, int source, Where where) {
   Shuffle<T> mine{value, source, {}};
-  collective(what, mask, mine, where, [](Shuffle<T>* (&lanes)[32]) {
+  collective(what, mask, mine, where, [](Shuffle<T>*(&lanes)[32]) {
     for (Shuffle<T>* lane : lanes) {
       if (!lane) continue;
       const Shuffle<T>* const from = lanes[lane->source];
@@ -156,7 +172,7 @@ struct Vote {
 template <typename T>
 uint32_t vote(const char* what, uint32_t mask, T value, Where where) {
   Vote<T> mine{value, 0};
-  collective(what, mask, mine, where, [](Vote<T>* (&lanes)[32]) {
+  collective(what, mask, mine, where, [](Vote<T>*(&lanes)[32]) {
     for (Vote<T>* lane : lanes) {
       for (int i = 0; lane && i < 32; ++i) {
         if (lanes[i] && lanes[i]->value == lane->value) lane->result |= 1u << i;
@@ -293,7 +309,7 @@ inline void ldmatrix(const char* what, uint32_t* r, const void* row, bool transp
                      emulator::Where where) {
   if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("a misaligned row", what, where);
   LdmatrixOperands mine{r, static_cast<const unsigned char*>(row)};
-  emulator::collective(what, 0xffffffffu, mine, where, [=](LdmatrixOperands* (&lanes)[32]) {
+  emulator::collective(what, 0xffffffffu, mine, where, [=](LdmatrixOperands*(&lanes)[32]) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t x[8][8];
       for (int i = 0; i < 8; ++i) std::memcpy(x[i], lanes[matrix * 8 + i]->row, 16);
@@ -314,13 +330,12 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* smem_row, EMULATOR_W
 }
 
 template <typename T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                  EMULATOR_WHERE) {
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMULATOR_WHERE) {
   emulator::MmaOperands mine{d, a, {b0, b1}};
   emulator::collective("mma_m16n8k16", 0xffffffffu, mine, where,
-                       [](emulator::MmaOperands* (&lanes)[32]) {
-    emulator::multiply(lanes, [](uint16_t bits) { return to_float(T{bits}); });
-  });
+                       [](emulator::MmaOperands*(&lanes)[32]) {
+                         emulator::multiply(lanes, [](uint16_t bits) { return to_float(T{bits}); });
+                       });
 }
 
 }  // namespace ptx
@@ -335,8 +350,8 @@ void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem_byte
   if (grid < 0 || grid > INT32_MAX || block < 1 || block > 1024 ||
       smem_bytes > device_info().smem_per_block) {
     throw std::runtime_error("launch: " + std::to_string(grid) + " blocks of " +
-                             std::to_string(block) + " threads and " +
-                             std::to_string(smem_bytes) + " bytes of shared memory");
+                             std::to_string(block) + " threads and " + std::to_string(smem_bytes) +
+                             " bytes of shared memory");
   }
   gridDim = {static_cast<unsigned>(grid)};
   blockDim = {static_cast<unsigned>(block)};

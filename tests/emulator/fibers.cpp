@@ -252,8 +252,8 @@ void release_lanes(uint32_t mask) {
 
 // Products of two 16-bit floats are exact in double; their sum is rounded to float32 once.
 // (The real tensor core's rounding is undocumented; tests compare with a tolerance.)
-__attribute__((no_sanitize("address"), optimize("O3")))
-void multiply(MmaOperands* const (&lanes)[32], float (*to_float)(uint16_t)) {
+__attribute__((no_sanitize("address"), optimize("O3"))) void multiply(
+    MmaOperands* const (&lanes)[32], float (*to_float)(uint16_t)) {
   double a[16][16], b[8][16];
   for (int lane = 0; lane < 32; ++lane) {
     const MmaOperands& o = *lanes[lane];

@@ -73,8 +73,8 @@ using Tiles = ExpertTiles<64, 16>;
 
 __global__ void tiles_kernel(const int* expert_offsets, int* out, int64_t experts, int64_t rows,
                              int64_t column_tiles) {
-  Tiles tiles(reinterpret_cast<Tiles::Storage*>(ptx::dynamic_smem()), expert_offsets, experts,
-              rows, column_tiles);
+  Tiles tiles(reinterpret_cast<Tiles::Storage*>(ptx::dynamic_smem()), expert_offsets, experts, rows,
+              column_tiles);
   Tile tile;
   for (int64_t number = blockIdx.x; tiles.find(number, tile); number += gridDim.x) {
     const int row = threadIdx.x;
@@ -87,8 +87,8 @@ __global__ void tiles_kernel(const int* expert_offsets, int* out, int64_t expert
 }  // namespace
 
 void gemm(const bf16* a, const bf16* b, float* out, int m, int n, int k, bool b_is_k_by_n) {
-  launch(gemm_kernel, (m + 31) / 32 * (n / 16), 64, 2 * sizeof(Stage), nullptr, a, b, out, m, n,
-         k, b_is_k_by_n);
+  launch(gemm_kernel, (m + 31) / 32 * (n / 16), 64, 2 * sizeof(Stage), nullptr, a, b, out, m, n, k,
+         b_is_k_by_n);
 }
 
 void scan(const int* x, int* out, int n) {
