@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include "cpu/primitives.h"
+#include "shim.h"
 
 #ifdef SIMPLE_MOE_CUDA
 #include "cuda/primitives.h"
@@ -22,7 +23,8 @@ Place::Place(const Checks& check) {
   const int32_t device = tensor.get_device_index();
   guard_.emplace(device);
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  check_shim(aoti_torch_get_current_cuda_stream(device, &stream),
+             "aoti_torch_get_current_cuda_stream");
   stream_ = static_cast<Stream>(stream);
 #else
   check.that(false, check.reference_name(), " is on ", device_of(tensor),

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "params.h"
+#include "shim.h"
 
 namespace simple_moe::cpu {
 
@@ -105,8 +106,7 @@ inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(tensor_of(a)),
                                     torch::stable::detail::from(tensor_of(b)),
                                     torch::stable::detail::from(tensor_of(out))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  check_shim(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION), "aten::mm");
   torch::stable::detail::to<torch::stable::Tensor>(stack[0]);  // Drops the reference returned.
 }
 

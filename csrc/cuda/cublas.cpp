@@ -15,6 +15,7 @@
 
 #include "checks.h"
 #include "primitives.h"
+#include "shim.h"
 
 namespace simple_moe::cuda {
 namespace {
@@ -67,8 +68,8 @@ Tensor new_tensor(std::array<int64_t, 2> sizes, ScalarType type) {
 
 template <size_t kCount>
 Tensor call(const char* op, const char* overload, std::array<StableIValue, kCount> stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  check_shim(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION),
+             "torch's matrix product");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
