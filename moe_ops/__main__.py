@@ -27,7 +27,7 @@ def device_info(device: str) -> dict:
         return {"name": f"cpu, {torch.get_num_threads()} threads", "backends": ["auto"]}
     major, minor = torch.cuda.get_device_capability()
     return {"name": f"{torch.cuda.get_device_name()}, sm_{major}{minor}",
-            "backends": ["auto", *build_info()["backends"]]}  # fmt: skip
+            "backends": build_info()["backends"]}  # fmt: skip
 
 
 def checks(device: str, dtype: torch.dtype):

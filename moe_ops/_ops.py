@@ -98,7 +98,7 @@ def _check_backend(check: _Checks, backend: str, batch_invariant: bool = False) 
 
     names = ["auto"]
     if check.reference.device.type != "cpu":
-        names += build_info()["backends"]
+        names = build_info()["backends"]
     check.one_of("backend", backend, names)
     check.that(not (batch_invariant and backend == "cublas"),
                "batch_invariant is True, expected False with backend 'cublas'")  # fmt: skip

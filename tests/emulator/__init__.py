@@ -7,6 +7,7 @@ g++ compiles csrc/cuda/*.cu with emulator.h in the place of CUDA and with Addres
 threads of a block take turns in an order that follows from `seed`.
 """
 
+import ctypes
 import hashlib
 import os
 import re
@@ -161,7 +162,7 @@ class Emulator:
                 memory = _storage(t)
                 lines.append(f"{name} {kind} {DTYPES.get(t.dtype, -1)} {memory.nbytes}"
                              f" {(offsets or {}).get(name, 0)}")  # fmt: skip
-                data += bytes(memory.view(torch.uint8).numpy()) if kind == "in" else b""
+                data += ctypes.string_at(memory.data_ptr(), memory.nbytes) if kind == "in" else b""
         timer = threading.Timer(TIMEOUT, self.process.kill)
         timer.start()
         try:
