@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import assert_accurate, needs_compiler
@@ -144,8 +147,22 @@ def test_export(device):
         assert_accurate(program.module()(x), module(x).double())
 
 
+PLAIN_MODEL = """
+import sys, torch
+program = torch.export.export(torch.nn.Linear(8, 8).cuda(), (torch.ones(2, 8, device="cuda"),))
+torch._inductor.aoti_load_package(
+    torch._inductor.aoti_compile_and_package(program, package_path=sys.argv[1])
+)
+"""
+
+
 @needs_compiler
 def test_aot_inductor_compiles_loads_and_runs(device, tmp_path):
+    if device == "cuda":
+        # In a process of its own: there are installations where loading ends it.
+        command = [sys.executable, "-c", PLAIN_MODEL, tmp_path / "plain.pt2"]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("this torch can't load a plain nn.Linear through AOTInductor on CUDA")
     module = make_module(device).eval()
     with torch.no_grad():
         package = torch._inductor.aoti_compile_and_package(
