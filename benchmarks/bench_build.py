@@ -62,7 +62,7 @@ def measure() -> dict:
         one_cu = {}
         for kernel in kernels:
             with kernel.open("a") as file:
-                file.write("\n__global__ void edited(float* x) { *x += 1.0f; }\n")
+                file.write(f"\n__global__ void edited_{kernel.stem}(float* x) {{ *x += 1.0f; }}\n")
             one_cu[kernel.name], log = seconds(ninja(), tree)
             # That file and the link, nothing else.
             assert "[2/2]" in log and "[3/" not in log, log
