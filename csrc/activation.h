@@ -16,8 +16,17 @@ SIMPLE_MOE_HOST_DEVICE float at_least(float x, float limit) { return x < limit ?
 SIMPLE_MOE_HOST_DEVICE float clamp_both(float x, float limit) {
   return at_least(at_most(x, limit), -limit);
 }
-SIMPLE_MOE_HOST_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-SIMPLE_MOE_HOST_DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
+// Within 2 ulp on a GPU, in a fifth of the instructions of an exact quotient. Zero for a y past
+// 2^126, which only a vanishing sigmoid has.
+SIMPLE_MOE_HOST_DEVICE float quotient(float x, float y) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(x, y);
+#else
+  return x / y;
+#endif
+}
+SIMPLE_MOE_HOST_DEVICE float sigmoid(float x) { return quotient(1.0f, 1.0f + expf(-x)); }
+SIMPLE_MOE_HOST_DEVICE float silu(float x) { return quotient(x, 1.0f + expf(-x)); }
 SIMPLE_MOE_HOST_DEVICE float gelu(float x) {
   return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
 }

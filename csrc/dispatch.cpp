@@ -39,9 +39,22 @@ bool Place::topk_route_needs_keys(const TopkRoute& p) const {
 int64_t Place::sort_by_expert_counts(int64_t slots, int64_t experts) const {
   return on_cuda() ? cuda::sort_by_expert_counts(slots, experts) : 0;
 }
+int Place::row_tile_height(DType dtype, int64_t rows, int64_t experts) const {
+  return on_cuda() && rows > 0 ? cuda::row_tile_height(dtype, rows, experts) : 0;
+}
+int64_t Place::row_tiles_bytes(int height, int64_t rows, int64_t experts) const {
+  if (height == 0) return 0;
+  return (1 + cuda::most_row_tiles(height, rows, experts)) * static_cast<int64_t>(sizeof(RowTile));
+}
+void Place::row_tiles(const GroupedGemm& p) const {
+  if (p.row_tiles.height > 0) cuda::row_tiles(p, stream());
+}
 #else
 bool Place::topk_route_needs_keys(const TopkRoute&) const { return false; }
 int64_t Place::sort_by_expert_counts(int64_t, int64_t) const { return 0; }
+int Place::row_tile_height(DType, int64_t, int64_t) const { return 0; }
+int64_t Place::row_tiles_bytes(int, int64_t, int64_t) const { return 0; }
+void Place::row_tiles(const GroupedGemm&) const {}
 #endif
 
 void Place::topk_route(const TopkRoute& p) const { SIMPLE_MOE_RUN(topk_route); }

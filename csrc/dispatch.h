@@ -23,13 +23,16 @@ class Place {
   bool on_cuda() const { return guard_.has_value(); }
   Stream stream() const { return stream_; }  // The current one.
 
-  // Scratch that the CPU needs none of.
+  // Scratch that the CPU needs none of. Row tiles have height 0 there.
+  int row_tile_height(DType dtype, int64_t rows, int64_t experts) const;
+  int64_t row_tiles_bytes(int height, int64_t rows, int64_t experts) const;
   bool topk_route_needs_keys(const TopkRoute& p) const;
   int64_t sort_by_expert_counts(int64_t slots, int64_t experts) const;
 
   // The primitives, but for grouped_gemm: there is a choice of those, in backends.h.
   void topk_route(const TopkRoute& p) const;
   void sort_by_expert(const SortByExpert& p) const;
+  void row_tiles(const GroupedGemm& p) const;
   void grouped_gemm_wgrad(const GroupedGemmWgrad& p) const;
   void combine(const Combine& p) const;
 

@@ -1,11 +1,12 @@
 // fused_moe: the whole layer as four primitives.
 //
-//   topk_ids --sort_by_expert--> expert_offsets, sorted_slots, slot_rows
-//   x  --grouped_gemm, gathered by slot: x[slot / K] @ w1[e].T + b1[e], activation--> h1 [T*K, I]
-//   h1 --grouped_gemm: (h1 @ w2[e].T + b2[e]) * topk_weights[slot]--> h2 [T*K, H]
+//   topk_ids, topk_weights --sort_by_expert--> expert_offsets, and a row for each slot
+//   x  --grouped_gemm: gathered x[token] @ w1[e].T + b1[e], activation--> h1 [T*K, I]
+//   h1 --grouped_gemm: (h1 @ w2[e].T + b2[e]) * topk_weights--> h2 [T*K, H]
 //   h2 --combine: the sum over each token's slot_rows--> out [T, H]
 //
-// All inputs have been read by the time `out` is written, so that it may overlap any of them.
+// A long input goes in chunks of tokens, so that the workspace stays bounded. `out` may overlap any
+// input: all have been read by the time it is written.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -138,21 +139,6 @@ Layer check_arguments(const Checks& check, const Arguments& a) {
   return layer;
 }
 
-// Several arrays in one allocation: each costs the host a few microseconds.
-class Plan {
- public:
-  // Where the array begins.
-  int64_t add(int64_t bytes) {
-    const int64_t begin = bytes_;
-    bytes_ += (bytes + 255) / 256 * 256;
-    return begin;
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  int64_t bytes_ = 0;
-};
-
 float value_or(const Parameter& parameter, std::optional<float> fallback) {
   return parameter.value ? static_cast<float>(*parameter.value) : fallback.value_or(0.0f);
 }
@@ -161,70 +147,132 @@ const float* data_of(const std::optional<Tensor>& t) {
   return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
 }
 
-// `out` is contiguous. With tokens, and checked arguments.
-void run(const Arguments& a, const Layer& layer, const Place& place, const Backend& backend,
-         const Tensor& out) {
-  const int64_t slots = layer.tokens * layer.topk;
-  const int64_t element = static_cast<int64_t>(element_size(layer.dtype));
-  Plan plan;
-  const int64_t expert_offsets_at = plan.add(4 * (layer.experts + 1));
-  const int64_t sorted_slots_at = plan.add(4 * slots);
-  const int64_t slot_rows_at = plan.add(4 * slots);
-  const int64_t counts_at = plan.add(4 * place.sort_by_expert_counts(slots, layer.experts));
-  const int64_t h1_at = plan.add(element * slots * layer.intermediate);
-  const int64_t h2_at = plan.add(element * slots * layer.hidden);
-  const Tensor scratch = empty(a.x, {plan.bytes()}, ScalarType::Byte);
-  char* const memory = static_cast<char*>(scratch.mutable_data_ptr());
-  const auto int32_at = [&](int64_t begin) { return reinterpret_cast<int32_t*>(memory + begin); };
+// Inputs as the kernels read them.
+struct Inputs {
+  Inputs(const Arguments& a, const Layer& layer)
+      : layer(layer),
+        ids(contiguous_of(a.topk_ids)),
+        weights(contiguous_of(a.topk_weights)),
+        b1(contiguous_of(a.b1)),
+        b2(contiguous_of(a.b2)),
+        alphas(contiguous_of(a.alpha.per_expert)),
+        betas(contiguous_of(a.beta.per_expert)),
+        limits(contiguous_of(a.limit.per_expert)),
+        x(rows_of(a.x)),
+        w1(expert_matrices_of(a.w1)),
+        w2(expert_matrices_of(a.w2)) {}
 
-  const Tensor ids = contiguous_of(a.topk_ids);
+  const Layer& layer;
+  Tensor ids;
+  std::optional<Tensor> weights, b1, b2, alphas, betas, limits;
+  Rows x;
+  ExpertMatrices w1, w2;
+};
+
+// Where the arrays of a chunk's work lie in the workspace.
+class Workspace {
+ public:
+  Workspace(const Place& place, const Layer& layer, int64_t tokens) {
+    const int64_t slots = tokens * layer.topk, element = element_size(layer.dtype);
+    height_ = place.row_tile_height(layer.dtype, slots, layer.experts);
+    expert_offsets_ = add(4 * (layer.experts + 1));
+    row_tiles_ = add(place.row_tiles_bytes(height_, slots, layer.experts));
+    counts_ = add(4 * place.sort_by_expert_counts(slots, layer.experts));
+    source_rows_ = add(4 * slots);
+    row_weights_ = add(4 * slots);
+    slot_rows_ = add(4 * slots);
+    h1_ = add(element * slots * layer.intermediate);
+    h2_ = add(element * slots * layer.hidden);
+  }
+
+  int64_t bytes() const { return bytes_; }
+  void use(const Tensor& memory) { memory_ = static_cast<char*>(memory.mutable_data_ptr()); }
+
+  int32_t* expert_offsets() const { return at<int32_t>(expert_offsets_); }
+  RowTiles row_tiles() const { return {height_, at<RowTile>(row_tiles_)}; }
+  int32_t* counts() const { return at<int32_t>(counts_); }
+  int32_t* source_rows() const { return at<int32_t>(source_rows_); }
+  float* row_weights() const { return at<float>(row_weights_); }
+  int32_t* slot_rows() const { return at<int32_t>(slot_rows_); }
+  void* h1() const { return at<void>(h1_); }
+  void* h2() const { return at<void>(h2_); }
+
+ private:
+  int64_t add(int64_t bytes) {
+    const int64_t begin = bytes_;
+    bytes_ += (bytes + 255) / 256 * 256;
+    return begin;
+  }
+  template <typename T>
+  T* at(int64_t begin) const {
+    return reinterpret_cast<T*>(memory_ + begin);
+  }
+
+  int height_;
+  int64_t bytes_ = 0;
+  int64_t expert_offsets_, row_tiles_, counts_, source_rows_, row_weights_, slot_rows_, h1_, h2_;
+  char* memory_ = nullptr;
+};
+
+// The layer for tokens first ... first + tokens.
+void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const Backend& backend,
+               const Workspace& workspace, int64_t first_token, int64_t tokens, const Tensor& out) {
+  const Layer& layer = in.layer;
+  const int64_t slots = tokens * layer.topk, first_slot = first_token * layer.topk;
+  const int64_t element = element_size(layer.dtype);
+  const auto offset = [](const void* data, int64_t bytes) {
+    return static_cast<const char*>(data) + bytes;
+  };
+  Floats weights = floats_of(in.weights);
+  weights.data = offset(weights.data, first_slot * element_size(weights.dtype));
   const SortByExpert sort{
-      .topk_ids = ids.const_data_ptr(),
+      .topk_ids = offset(in.ids.const_data_ptr(), first_slot * (layer.ids_are_int64 ? 8 : 4)),
       .ids_are_int64 = layer.ids_are_int64,
       .slots = slots,
       .experts = layer.experts,
       .expert_offset = a.expert_offset,
-      .expert_offsets = int32_at(expert_offsets_at),
-      .sorted_slots = int32_at(sorted_slots_at),
-      .slot_rows = int32_at(slot_rows_at),
-      .counts = int32_at(counts_at),
+      .expert_offsets = workspace.expert_offsets(),
+      .sorted_slots = nullptr,
+      .slot_rows = workspace.slot_rows(),
+      .topk = static_cast<int>(layer.topk),
+      .topk_weights = weights,
+      .source_rows = workspace.source_rows(),
+      .row_weights = workspace.row_weights(),
+      .counts = workspace.counts(),
+      .row_tiles = workspace.row_tiles(),
   };
   place.sort_by_expert(sort);
 
   const Defaults defaults = defaults_of(layer.activation);
-  const auto alphas = contiguous_of(a.alpha.per_expert), betas = contiguous_of(a.beta.per_expert),
-             limits = contiguous_of(a.limit.per_expert);
-  const auto b1 = contiguous_of(a.b1), b2 = contiguous_of(a.b2);
-  const std::optional<Tensor> weights = contiguous_of(a.topk_weights);
-  const Rows x = rows_of(a.x);
-  const ExpertMatrices w1 = expert_matrices_of(a.w1), w2 = expert_matrices_of(a.w2);
   const GroupedGemm first{
       .dtype = layer.dtype,
       .out_dtype = layer.dtype,
-      .a = x.data,
-      .a_stride = x.stride,
+      .a = offset(in.x.data, first_token * in.x.stride * element),
+      .a_stride = in.x.stride,
       .rows = slots,
       .n = layer.intermediate,
       .k = layer.hidden,
       .experts = layer.experts,
       .expert_offsets = sort.expert_offsets,
-      .sorted_slots = sort.sorted_slots,
-      .gather_topk = static_cast<int>(layer.topk),
-      .b = w1.data,
-      .b_expert_stride = w1.expert_stride,
-      .b_row_stride = w1.row_stride,
-      .b_col_stride = w1.col_stride,
-      .bias = floats_of(b1),
+      .source_rows = sort.source_rows,
+      .source_count = tokens,
+      .row_tiles = sort.row_tiles,
+      .only_a_is_new = false,
+      .b = in.w1.data,
+      .b_expert_stride = in.w1.expert_stride,
+      .b_row_stride = in.w1.row_stride,
+      .b_col_stride = in.w1.col_stride,
+      .bias = floats_of(in.b1),
       .activation = {.kind = layer.activation,
                      .alpha = value_or(a.alpha, defaults.alpha),
                      .beta = value_or(a.beta, defaults.beta),
                      .limit = value_or(a.limit, defaults.limit),
-                     .expert_alpha = data_of(alphas),
-                     .expert_beta = data_of(betas),
-                     .expert_limit = data_of(limits)},
+                     .expert_alpha = data_of(in.alphas),
+                     .expert_beta = data_of(in.betas),
+                     .expert_limit = data_of(in.limits)},
       .gate_layout = layer.gate_layout,
-      .slot_weights = {},
-      .out = memory + h1_at,
+      .row_weights = nullptr,
+      .out = workspace.h1(),
       .out_stride = layer.intermediate,
       .zero_other_rows = false,
   };
@@ -235,25 +283,28 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
   second.a_stride = first.out_stride;
   second.n = layer.hidden;
   second.k = layer.intermediate;
-  second.gather_topk = 0;
-  second.b = w2.data;
-  second.b_expert_stride = w2.expert_stride;
-  second.b_row_stride = w2.row_stride;
-  second.b_col_stride = w2.col_stride;
-  second.bias = floats_of(b2);
+  second.source_rows = nullptr;
+  second.source_count = slots;
+  second.only_a_is_new = true;
+  second.b = in.w2.data;
+  second.b_expert_stride = in.w2.expert_stride;
+  second.b_row_stride = in.w2.row_stride;
+  second.b_col_stride = in.w2.col_stride;
+  second.bias = floats_of(in.b2);
   second.activation = {};
   second.gate_layout = GateLayout::kGateUp;
-  second.slot_weights = floats_of(weights);
-  second.out = memory + h2_at;
+  second.row_weights = sort.row_weights;
+  second.out = workspace.h2();
   second.out_stride = layer.hidden;
   backend.grouped_gemm(second, place.stream());
 
+  const DType out_dtype = dtype_of(out);
   const Combine sum{
       .dtype = layer.dtype,
-      .out_dtype = dtype_of(out),
+      .out_dtype = out_dtype,
       .expert_out = second.out,
       .expert_out_stride = second.out_stride,
-      .tokens = layer.tokens,
+      .tokens = tokens,
       .hidden = layer.hidden,
       .rows = slots,
       .topk = static_cast<int>(layer.topk),
@@ -262,9 +313,38 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
       .sorted_slots = nullptr,
       .expert_offsets = nullptr,
       .experts = layer.experts,
-      .out = out.mutable_data_ptr(),
+      .out = static_cast<char*>(out.mutable_data_ptr()) +
+             first_token * layer.hidden * static_cast<int64_t>(element_size(out_dtype)),
   };
   place.combine(sum);
+}
+
+// Equal chunks of tokens, as few as keep the workspace under kWorkspaceBytes. One only where `out`
+// overlaps an input: the first chunk's output would be read as the second's input.
+int64_t tokens_of_chunk(const Arguments& a, const Place& place, const Layer& layer,
+                        const Tensor& out) {
+  constexpr int64_t kWorkspaceBytes = int64_t{3} << 30;
+  const int64_t bytes = Workspace(place, layer, layer.tokens).bytes();
+  if (bytes <= kWorkspaceBytes) return layer.tokens;
+  for (const Tensor* input : {&a.x, &a.w1, &a.w2, &a.topk_weights, &a.topk_ids}) {
+    if (overlap(out, *input)) return layer.tokens;
+  }
+  const int64_t chunks = (bytes + kWorkspaceBytes - 1) / kWorkspaceBytes;
+  return (layer.tokens + chunks - 1) / chunks;
+}
+
+// `out` is contiguous. With tokens, and checked arguments.
+void run(const Arguments& a, const Layer& layer, const Place& place, const Backend& backend,
+         const Tensor& out) {
+  const Inputs in(a, layer);
+  const int64_t step = tokens_of_chunk(a, place, layer, out);
+  Workspace workspace(place, layer, step);
+  const Tensor memory = empty(a.x, {workspace.bytes()}, ScalarType::Byte);
+  workspace.use(memory);
+  for (int64_t first = 0; first < layer.tokens; first += step) {
+    const int64_t tokens = step < layer.tokens - first ? step : layer.tokens - first;
+    run_chunk(a, in, place, backend, workspace, first, tokens, out);
+  }
 }
 
 // `make_out(check, layer)` gives the tensor to write.

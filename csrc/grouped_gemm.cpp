@@ -38,32 +38,38 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
   const ExpertMatrices b_matrices = expert_matrices_of(b);
   const Tensor offsets = contiguous_of(expert_offsets);
   const auto biases = contiguous_of(bias);
-  chosen.grouped_gemm(
-      {
-          .dtype = dtype,
-          .out_dtype = out_dtype,
-          .a = a_rows.data,
-          .a_stride = a_rows.stride,
-          .rows = rows,
-          .n = n,
-          .k = k,
-          .experts = experts,
-          .expert_offsets = const_int32_data(offsets),
-          .sorted_slots = nullptr,
-          .gather_topk = 0,
-          .b = b_matrices.data,
-          .b_expert_stride = b_matrices.expert_stride,
-          .b_row_stride = b_matrices.row_stride,
-          .b_col_stride = b_matrices.col_stride,
-          .bias = floats_of(biases),
-          .activation = {},
-          .gate_layout = GateLayout::kGateUp,
-          .slot_weights = {},
-          .out = out.mutable_data_ptr(),
-          .out_stride = n,
-          .zero_other_rows = true,
-      },
-      place.stream());
+  const int height = place.row_tile_height(dtype, rows, experts);
+  const Tensor tiles_memory =
+      empty(a, {place.row_tiles_bytes(height, rows, experts)}, ScalarType::Byte);
+  const RowTiles tiles{height, static_cast<RowTile*>(tiles_memory.mutable_data_ptr())};
+  const GroupedGemm p{
+      .dtype = dtype,
+      .out_dtype = out_dtype,
+      .a = a_rows.data,
+      .a_stride = a_rows.stride,
+      .rows = rows,
+      .n = n,
+      .k = k,
+      .experts = experts,
+      .expert_offsets = const_int32_data(offsets),
+      .source_rows = nullptr,
+      .source_count = rows,
+      .row_tiles = tiles,
+      .only_a_is_new = false,
+      .b = b_matrices.data,
+      .b_expert_stride = b_matrices.expert_stride,
+      .b_row_stride = b_matrices.row_stride,
+      .b_col_stride = b_matrices.col_stride,
+      .bias = floats_of(biases),
+      .activation = {},
+      .gate_layout = GateLayout::kGateUp,
+      .row_weights = nullptr,
+      .out = out.mutable_data_ptr(),
+      .out_stride = n,
+      .zero_other_rows = true,
+  };
+  place.row_tiles(p);
+  chosen.grouped_gemm(p, place.stream());
   return out;
 }
 

@@ -73,19 +73,38 @@ struct TopkRoute {
   uint32_t* keys;  // scratch [tokens, experts + num_groups] where shared memory is too small
 };
 
+// Up to so many neighbouring rows of one expert: what a product's tile is made of. An array of them
+// begins with one whose `count` is the number of those that follow.
+struct alignas(16) RowTile {
+  int32_t expert, begin, count, unused;
+};
+
+// Where to write the row tiles of all experts, in order. 0: nowhere.
+struct RowTiles {
+  int height = 0;  // the most rows of one
+  RowTile* data = nullptr;
+};
+
 // A stable counting sort of the slots by local expert.
 struct SortByExpert {
   const void* topk_ids;  // [slots], contiguous
   bool ids_are_int64;
   int64_t slots, experts, expert_offset;
   int32_t* expert_offsets;  // [experts + 1]
-  int32_t* sorted_slots;    // [slots]
+  int32_t* sorted_slots;    // [slots] or null
   int32_t* slot_rows;       // [slots] or null: where a slot went, -1 if its expert is not held here
-  int32_t* counts;          // scratch, sort_scratch_elements() of them
+  // What a layer's products want of each slot in sorted order: its token and its routing weight.
+  // Both null, or both and topk_weights not.
+  int topk;
+  Floats topk_weights;   // [slots]
+  int32_t* source_rows;  // [slots]
+  float* row_weights;    // [slots]
+  int32_t* counts;       // scratch, sort_by_expert_counts() of them
+  RowTiles row_tiles;    // for the products, where wanted
 };
 
-// out[r] = epilogue(a[row(r)] @ b[e].T) for expert_offsets[e] <= r < expert_offsets[e + 1]:
-//   + bias[e], then the activation, then * slot_weights[sorted_slots[r]], each where it is set.
+// out[r] = epilogue(a[source_rows[r]] @ b[e].T) for expert_offsets[e] <= r < expert_offsets[e + 1]:
+//   + bias[e], then the activation, then * row_weights[r], each where it is set.
 // Other rows of out are left alone, or zeroed with `zero_other_rows`.
 struct GroupedGemm {
   DType dtype, out_dtype;
@@ -95,15 +114,18 @@ struct GroupedGemm {
   int64_t n, k;      // columns of out; length of the dot products
   int64_t experts;
   const int32_t* expert_offsets;  // [experts + 1]; malformed ones are clamped (see row_range)
-  const int32_t* sorted_slots;    // [rows] or null
-  int gather_topk;                // 0: row(r) = r; else row(r) = sorted_slots[r] / gather_topk
-  const void* b;                  // [experts, n or 2 n when gated, k]; one of the two strides is 1
+  const int32_t* source_rows;     // [rows] or null: row r of out is made of row r of a
+  int64_t source_count;           // rows of a
+  RowTiles row_tiles;             // of the expert_offsets, at a height of row_tile_height()
+  // Whether all inputs but `a` were written before the kernel that writes `a` started.
+  bool only_a_is_new;
+  const void* b;  // [experts, n or 2 n when gated, k]; one of the two strides is 1
   int64_t b_expert_stride, b_row_stride, b_col_stride;
   Floats bias;  // [experts, n or 2 n]
   ActivationParams activation;
   GateLayout gate_layout;
-  Floats slot_weights;  // indexed by sorted_slots[r]
-  void* out;            // [rows, n], contiguous rows out_stride apart
+  const float* row_weights;  // [rows] or null
+  void* out;                 // [rows, n], contiguous rows out_stride apart
   int64_t out_stride;
   bool zero_other_rows;
 };

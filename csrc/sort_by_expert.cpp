@@ -35,7 +35,12 @@ std::tuple<Tensor, Tensor> sort_by_expert(const Tensor& topk_ids, int64_t num_ex
       .expert_offsets = int32_data(expert_offsets),
       .sorted_slots = int32_data(sorted_slots),
       .slot_rows = nullptr,
+      .topk = 0,
+      .topk_weights = {},
+      .source_rows = nullptr,
+      .row_weights = nullptr,
       .counts = int32_data(counts),
+      .row_tiles = {},
   };
   place.sort_by_expert(p);
   return {expert_offsets, sorted_slots};

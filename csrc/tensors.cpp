@@ -43,4 +43,14 @@ ExpertMatrices expert_matrices_of(const Tensor& t) {
   return expert_matrices_of(contiguous_of(t));
 }
 
+bool overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const auto end = [](const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    return static_cast<const char*>(t.const_data_ptr()) + (last + 1) * t.element_size();
+  };
+  return a.const_data_ptr() < end(b) && b.const_data_ptr() < end(a);
+}
+
 }  // namespace simple_moe

@@ -44,4 +44,7 @@ struct ExpertMatrices {
 };
 ExpertMatrices expert_matrices_of(const Tensor& t);
 
+// Whether some byte may belong to both.
+bool overlap(const Tensor& a, const Tensor& b);
+
 }  // namespace simple_moe

@@ -167,50 +167,86 @@ def test_sort_by_expert(emulator, data, dtype, seed, machine):
     slots = data.draw(st.integers(0, data.draw(st.sampled_from([5, 100, 3000]))))
     expert_offset = data.draw(st.sampled_from([0, experts, 3]))
     if data.draw(st.booleans()):
-        machine["smem_per_block"] = 2 << 10
+        machine["smem_per_block"] = 14 << 10
     random = Random(seed)
     ids = random.integers(slots, low=-2, high=experts + 2, dtype=dtype) + expert_offset
     if data.draw(st.booleans()):  # all tokens to one expert, but for a few
         ids = torch.where(random.integers(slots, low=0, high=9) > 0, expert_offset, ids).to(dtype)
     if dtype == torch.int64 and slots:
         ids[random.integers(1, low=0, high=slots - 1, dtype=dtype)] = (1 << 40) + expert_offset
-    offsets, sorted_slots, slot_rows = twice(
-        emulator.sort_by_expert, ids, experts, expert_offset, **machine
-    )
+    topk, height = data.draw(st.sampled_from([1, 2, 8])), data.draw(st.sampled_from([0, 16, 128]))
+    weights = random.integers(slots, dtype=data.draw(FLOATS))
+    offsets, sorted_slots, slot_rows, source_rows, row_weights, *tiles = twice(
+        emulator.sort_by_expert, ids, experts, expert_offset, topk=topk, topk_weights=weights,
+        tile_height=height, **machine
+    )  # fmt: skip
     expected_offsets, expected_slots = reference.sort_by_expert(ids, experts, expert_offset)
     assert torch.equal(offsets, expected_offsets)
     assert torch.equal(sorted_slots, expected_slots)
     rows = torch.arange(slots, dtype=torch.int32)
     rows[offsets[-1] :] = -1
     assert torch.equal(slot_rows[sorted_slots.long()], rows)
+    assert torch.equal(source_rows, sorted_slots // topk)
+    assert torch.equal(row_weights, weights.float()[sorted_slots.long()])
+    if height and slots:
+        expected_tiles = [
+            [e, first, min(height, of_expert.stop - first)]
+            for e, of_expert in enumerate(reference.row_ranges(offsets, slots))
+            for first in range(of_expert.start, of_expert.stop, height)
+        ]
+        assert tiles[0][0, 2] == len(expected_tiles)
+        assert tiles[0][1 : 1 + len(expected_tiles), :3].tolist() == expected_tiles
 
 
 # ---- grouped_gemm ----
 
 
-def gemm_reference(a, b, expert_offsets, *, rows, bias=None, sorted_slots=None, gather_topk=0,
-                   activation="identity", gate_layout="gate_up", slot_weights=None,
+def gemm_reference(a, b, expert_offsets, *, rows, bias=None, source_rows=None,
+                   activation="identity", gate_layout="gate_up", row_weights=None,
                    **parameters):  # fmt: skip
     """In float64."""
     gated = reference.ACTIVATIONS[activation].gated
     out = torch.zeros(rows, b.shape[1] // (2 if gated else 1), dtype=torch.float64)
     for e, of_expert in enumerate(reference.row_ranges(expert_offsets, rows)):
-        slots = None if sorted_slots is None else sorted_slots[of_expert].long()
-        x = a[slots // gather_topk] if gather_topk else a[of_expert]
+        x = a[of_expert] if source_rows is None else a[source_rows[of_expert].long()]
         h = x.double() @ b[e].double().T
         if bias is not None:
             h += bias[e].double()
         gate, up = reference.split_branches(h, gate_layout) if gated else (h, None)
         scalars = {name: value[e].double() for name, value in parameters.items()}
         out[of_expert] = reference.activate(gate, up, activation, **scalars)
-        if slot_weights is not None:
-            out[of_expert] *= slot_weights[slots].double().unsqueeze(1)
+        if row_weights is not None:
+            out[of_expert] *= row_weights[of_expert].double().unsqueeze(1)
     return out
 
 
 SIZES = st.one_of(
     st.integers(1, 40), st.sampled_from([8, 16, 64, 72, 136]), st.integers(40, 150)
 )  # fmt: skip
+
+
+@st.composite
+def gemms_of_whole_vectors(draw):
+    """As gemms(), for the kernel that wants rows of whole 16-byte vectors; tiles of all heights."""
+    multiples = st.integers(1, 45).map(lambda i: 8 * i)
+    experts = draw(st.sampled_from([1, 3, 8]))
+    return dict(
+        rows=draw(st.sampled_from([3, 12, 24, 64, 150])) * draw(st.sampled_from([1, experts])),
+        n=draw(multiples),
+        k=draw(multiples),
+        experts=experts,
+        dtype=draw(st.sampled_from([torch.float16, torch.bfloat16])),
+        out_dtype=None,
+        offsets=draw(OFFSETS),
+        gathered=draw(st.booleans()),
+        weighted=draw(st.booleans()),
+        bias=draw(st.sampled_from([None, "float32", "same"])),
+        n_major=False,
+        a_padding=draw(st.sampled_from([0, 8])),
+        out_padding=draw(st.sampled_from([0, 8])),
+        misaligned=[],
+        zero_other_rows=draw(st.booleans()),
+    )
 
 
 @st.composite
@@ -225,7 +261,7 @@ def gemms(draw):
         dtype=draw(FLOATS),
         out_dtype=draw(st.sampled_from([None, torch.float32])),
         offsets=draw(OFFSETS),
-        gather_topk=draw(st.sampled_from([0, 0, 1, 2])),
+        gathered=draw(st.booleans()),
         weighted=draw(st.booleans()),
         bias=draw(st.sampled_from([None, "float32", "same"])),
         n_major=draw(st.booleans()),
@@ -241,28 +277,27 @@ def gemm_inputs(case, random, branches=1):
     dtype, rows, n, k, experts = (case[x] for x in ("dtype", "rows", "n", "k", "experts"))
     offsets = random.expert_offsets(experts, rows, case["offsets"])
     held = held_rows(offsets, rows)
-    slots = None
-    topk = case["gather_topk"]
-    tokens = -(-rows // topk) if topk else rows
-    if topk or case["weighted"]:
-        slots = torch.randperm(tokens * topk if topk else rows, generator=random.generator)
-        slots = slots[:rows].int()
+    sources = None
+    tokens = rows
+    if case["gathered"]:
+        tokens = rows // 2 + 1
+        sources = random.integers(rows, low=0, high=tokens - 1, dtype=torch.int32)
     a = random.integers(tokens, k + case["a_padding"], dtype=dtype)
     a[:, k:] = torch.nan
     b = random.integers(experts, branches * n, k, dtype=dtype)
     for e, of_expert in enumerate(reference.row_ranges(offsets, rows)):
         if of_expert.start == of_expert.stop:
             b[e] = torch.nan
-    if not topk:
+    if sources is None:
         a[~held] = torch.nan
     if case["n_major"]:
         b = b.mT.contiguous().mT
     bias = case["bias"] and random.integers(
         experts, branches * n, dtype=torch.float32 if case["bias"] == "float32" else dtype
     )
-    arguments = dict(rows=rows, bias=bias, sorted_slots=slots, gather_topk=topk)
+    arguments = dict(rows=rows, bias=bias, source_rows=sources)
     if case["weighted"]:
-        arguments["slot_weights"] = random.integers(slots.numel(), low=1, high=4) * 0.25
+        arguments["row_weights"] = random.integers(rows, low=1, high=4) * 0.25
     return a[:, :k], b, offsets, held, arguments
 
 
@@ -295,8 +330,14 @@ def test_grouped_gemm(emulator, case, seed, machine):
     check_grouped_gemm(emulator, case, seed, machine)
 
 
-@examples(25)
-@given(gemms(), st.sampled_from(list(reference.ACTIVATIONS)),
+@examples(30)
+@given(gemms_of_whole_vectors(), SEEDS, MACHINES)
+def test_grouped_gemm_of_whole_vectors(emulator, case, seed, machine):
+    check_grouped_gemm(emulator, case, seed, machine)
+
+
+@examples(35)
+@given(gemms() | gemms_of_whole_vectors(), st.sampled_from(list(reference.ACTIVATIONS)),
        st.sampled_from(reference.GATE_LAYOUTS), st.booleans(), SEEDS, MACHINES)  # fmt: skip
 def test_grouped_gemm_activation(
     emulator, case, activation, gate_layout, parameters_given, seed, machine
@@ -319,7 +360,7 @@ def test_grouped_gemm_activation(
 def test_grouped_gemm_many_experts(emulator):
     """More of them than a block looks at in one go."""
     case = dict(rows=200, n=8, k=8, experts=2500, dtype=torch.bfloat16, out_dtype=None,
-                gather_topk=2, weighted=True, bias="float32", n_major=False, a_padding=0,
+                gathered=True, weighted=True, bias="float32", n_major=False, a_padding=0,
                 out_padding=0, misaligned=[], zero_other_rows=True)  # fmt: skip
     for offsets in ("even", "skewed", "malformed"):
         check_grouped_gemm(emulator, case | dict(offsets=offsets), 0, dict(sm_count=3))

@@ -91,10 +91,10 @@ class GroupedGemmRun {
 
   Matrix rows_of_a(int64_t first, int64_t count) {
     const auto source = [&](int64_t row) {
-      const int64_t from = p_.gather_topk ? p_.sorted_slots[row] / p_.gather_topk : row;
+      const int64_t from = p_.source_rows ? p_.source_rows[row] : row;
       return const_cast<void*>(offset(p_.a, p_.dtype, from * p_.a_stride));
     };
-    if (!p_.gather_topk || count == 1) {
+    if (!p_.source_rows || count == 1) {
       return {source(first), p_.dtype, count, p_.k, p_.a_stride};
     }
     const Matrix gathered = gathered_.matrix(p_.dtype, count, p_.k);
@@ -152,14 +152,13 @@ class GroupedGemmRun {
   // Bias, activation, routing weight. The result may lie in the first n columns of the product.
   void apply_epilogue(const Matrix& result, const Matrix& product, int64_t expert, int64_t first) {
     const bool identity = p_.activation.kind == Activation::kIdentity;
-    if (identity && !p_.bias.data && !p_.slot_weights.data) return;
+    if (identity && !p_.bias.data && !p_.row_weights) return;
     const float* bias = bias_of(expert);
     const ActivationScalars scalars = scalars_of(p_.activation, expert);
     torch::stable::parallel_for(
         0, product.rows, grain_of(4 * width_), [&](int64_t begin, int64_t end) {
           for (int64_t r = begin; r < end; ++r) {
-            const float weight =
-                p_.slot_weights.data ? load(p_.slot_weights, p_.sorted_slots[first + r]) : 1.0f;
+            const float weight = p_.row_weights ? p_.row_weights[first + r] : 1.0f;
             finish_row(static_cast<float*>(result.data) + r * result.row_stride,
                        static_cast<const float*>(product.data) + r * product.row_stride, bias,
                        scalars, weight);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common.h"
 #include "primitives.h"
 
 namespace simple_moe::cpu {
@@ -33,8 +34,12 @@ void sort_ids(const SortByExpert& p, const Id* ids) {
   for (int64_t slot = 0; slot < p.slots; ++slot) {
     const int64_t expert = local_expert(slot);
     const int32_t row = expert >= 0 ? cursors[expert]++ : not_held_row++;
-    p.sorted_slots[row] = static_cast<int32_t>(slot);
+    if (p.sorted_slots) p.sorted_slots[row] = static_cast<int32_t>(slot);
     if (p.slot_rows) p.slot_rows[slot] = expert >= 0 ? row : -1;
+    if (p.source_rows) {
+      p.source_rows[row] = static_cast<int32_t>(slot / p.topk);
+      p.row_weights[row] = load(p.topk_weights, slot);
+    }
   }
   // Every cursor has moved from its expert's first row to the next expert's.
   std::copy_backward(cursors, cursors + experts, cursors + experts + 1);

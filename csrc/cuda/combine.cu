@@ -35,6 +35,8 @@ __global__ void __launch_bounds__(kThreads) fill_slot_rows_kernel(const Combine 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const Combine p, int column_blocks, bool aligned_in, bool aligned_out) {
+  ptx::wait_for_earlier_kernels();
+  ptx::let_next_kernel_start();
   const int64_t token = blockIdx.x / column_blocks;
   const int column_block = blockIdx.x % column_blocks;
   const int64_t column = (static_cast<int64_t>(column_block) * blockDim.x + threadIdx.x) * kVector;
@@ -70,10 +72,10 @@ void combine(const Combine& p, cudaStream_t stream) {
   const int threads = vectors < kThreads ? static_cast<int>((vectors + 31) / 32 * 32) : kThreads;
   const int64_t column_blocks = (vectors + threads - 1) / threads;
   with_type(p.dtype, [&](auto type) {
-    launch(combine_kernel<decltype(type)>, p.tokens * column_blocks, threads, 0, stream, p,
-           static_cast<int>(column_blocks),
-           rows_are_aligned(p.expert_out, p.expert_out_stride, p.dtype),
-           rows_are_aligned(p.out, p.hidden, p.out_dtype));
+    launch<Start::kEarly>(combine_kernel<decltype(type)>, p.tokens * column_blocks, threads, 0,
+                          stream, p, static_cast<int>(column_blocks),
+                          rows_are_aligned(p.expert_out, p.expert_out_stride, p.dtype),
+                          rows_are_aligned(p.out, p.hidden, p.out_dtype));
   });
 }
 

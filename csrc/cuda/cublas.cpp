@@ -87,15 +87,10 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
 Tensor gather(const GroupedGemm& p, int64_t held) {
   using torch::stable::detail::from;
   const ScalarType type = scalar_type_of(p.dtype);
-  if (p.gather_topk == 0) return tensor_of(p.a, type, {held, p.k}, {p.a_stride, 1});
-  // Slots are all below tokens * topk, so that there are that many rows to choose from.
-  const int64_t tokens = p.rows / p.gather_topk;
-  const Tensor a = tensor_of(p.a, type, {tokens, p.k}, {p.a_stride, 1});
-  const Tensor slots = tensor_of(p.sorted_slots, ScalarType::Int, {1, held}, {held, 1});
-  const Tensor topk = new_tensor({1, 1}, ScalarType::Int);
-  torch::stable::fill_(topk, p.gather_topk);
-  const Tensor tokens_of_rows = call<2>("aten::floor_divide", "", {from(slots), from(topk)});
-  const Tensor index = torch::stable::flatten(tokens_of_rows);
+  if (!p.source_rows) return tensor_of(p.a, type, {held, p.k}, {p.a_stride, 1});
+  const Tensor a = tensor_of(p.a, type, {p.source_count, p.k}, {p.a_stride, 1});
+  const Tensor rows = tensor_of(p.source_rows, ScalarType::Int, {1, held}, {held, 1});
+  const Tensor index = torch::stable::flatten(rows);
   return call<3>("aten::index_select", "", {from(a), from(int64_t{0}), from(index)});
 }
 

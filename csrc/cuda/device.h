@@ -10,10 +10,13 @@ struct DeviceInfo {
   size_t smem_per_block;  // the most that one block may opt in to
   size_t smem_per_sm;
   int major, minor;  // compute capability
+  // Whether a kernel may start before those before it are done (programmatic dependent launch):
+  // needs SM90, and code that was compiled for it (PTX for SM80 has no instruction to wait).
+  bool early_launch;
 };
 
-// Of the current device. SIMPLE_MOE_TEST_DEVICE="sms=108,smem_kb=163" overrides it, so that one GPU
-// can stand in for another in tests.
+// Of the current device. SIMPLE_MOE_TEST_DEVICE="sms=108,smem_kb=163,early_launch=0" overrides it,
+// so that one GPU can stand in for another in tests.
 const DeviceInfo& device_info();
 
 }  // namespace simple_moe

@@ -56,10 +56,9 @@ __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert
     }
     activate<kVector>(p.activation.kind, scalars, gate, up);
     const int64_t out_row = first_row + row;
-    if (p.slot_weights.data) {
-      const float weight = load_float(p.slot_weights, p.sorted_slots[out_row]);
+    if (p.row_weights) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) gate[i] *= weight;
+      for (int i = 0; i < kVector; ++i) gate[i] *= p.row_weights[out_row];
     }
     store_vector(p.out, p.out_dtype, out_row * p.out_stride + column, count, aligned, gate);
   }

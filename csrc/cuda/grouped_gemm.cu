@@ -1,11 +1,33 @@
 // grouped_gemm: which kernel, and the rows that belong to no expert.
-#include "grouped_gemm.cuh"
+#include "epilogue.cuh"
+#include "launch.cuh"
 #include "primitives.h"
+#include "row_tiles.cuh"
+#ifdef SIMPLE_MOE_TUNE
+#include <cstdlib>
+#endif
 
 namespace simple_moe::cuda {
+
+// One per dtype and kernel, each in a file of its own: they take the compiler's time.
+void grouped_gemm_f16(const GroupedGemm& p, cudaStream_t stream);
+void grouped_gemm_bf16(const GroupedGemm& p, cudaStream_t stream);
+void grouped_gemm_any_f16(const GroupedGemm& p, cudaStream_t stream);
+void grouped_gemm_any_bf16(const GroupedGemm& p, cudaStream_t stream);
+void grouped_gemm_f32(const GroupedGemm& p, cudaStream_t stream);
+
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kRowTilesThreads = 1024;
+
+__global__ void __launch_bounds__(kRowTilesThreads) row_tiles_kernel(const GroupedGemm p) {
+  ptx::wait_for_earlier_kernels();
+  ptx::let_next_kernel_start();
+  using Storage = RowTilesStorage<kRowTilesThreads>;
+  lay_row_tiles<kRowTilesThreads>(p.expert_offsets, p.experts, p.rows, p.row_tiles,
+                                  *reinterpret_cast<Storage*>(ptx::dynamic_smem()));
+}
 
 // A warp takes a row.
 __global__ void __launch_bounds__(kThreads) zero_other_rows_kernel(const GroupedGemm p) {
@@ -49,17 +71,43 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+// The tiles' height follows the mean number of rows of an expert: padding costs products, low tiles
+// cost reads of b.
+int row_tile_height(DType dtype, int64_t rows, int64_t experts) {
+  if (dtype == DType::kFloat32) return 64;
+#ifdef SIMPLE_MOE_TUNE
+  if (const char* h = getenv("TUNEH")) return atoi(h);
+#endif
+  const int64_t mean = rows / (rows < experts ? rows : experts);
+  return mean <= 12 ? 16 : (mean <= 24 ? 32 : (mean <= 64 ? 64 : 128));
+}
+
+int64_t most_row_tiles(int height, int64_t rows, int64_t experts) {
+  // No host knows the routing: every expert may end with a tile of its own.
+  return rows / height + (rows < experts ? rows : experts);
+}
+
+void row_tiles(const GroupedGemm& p, cudaStream_t stream) {
+  launch<Start::kEarly>(row_tiles_kernel, 1, kRowTilesThreads,
+                        sizeof(RowTilesStorage<kRowTilesThreads>), stream, p);
+}
+
 void grouped_gemm(const GroupedGemm& p, cudaStream_t stream) {
   if (p.rows == 0 || p.n == 0) return;
   if (p.zero_other_rows) {
     launch(zero_other_rows_kernel, (p.rows + 3) / 4, kThreads, 0, stream, p);
   }
-  const bool line_major = p.b_col_stride != 1;
+  const bool whole_vectors = p.b_col_stride == 1 && p.out_dtype == p.dtype && p.k >= kVector &&
+                             p.k % kVector == 0 && p.n % kVector == 0 &&
+                             rows_are_aligned(p.a, p.a_stride, p.dtype) &&
+                             rows_are_aligned(p.b, p.b_row_stride, p.dtype) &&
+                             rows_are_aligned(p.b, p.b_expert_stride, p.dtype) &&
+                             rows_are_aligned(p.out, p.out_stride, p.out_dtype);
   switch (p.dtype) {
     case DType::kFloat16:
-      return line_major ? grouped_gemm_f16_line_major(p, stream) : grouped_gemm_f16(p, stream);
+      return whole_vectors ? grouped_gemm_f16(p, stream) : grouped_gemm_any_f16(p, stream);
     case DType::kBFloat16:
-      return line_major ? grouped_gemm_bf16_line_major(p, stream) : grouped_gemm_bf16(p, stream);
+      return whole_vectors ? grouped_gemm_bf16(p, stream) : grouped_gemm_any_bf16(p, stream);
     case DType::kFloat32:
       return grouped_gemm_f32(p, stream);
   }

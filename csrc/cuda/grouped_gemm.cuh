@@ -1,171 +1,508 @@
-// grouped_gemm's kernel: gather, product, bias, activation, routing weight, one rounding.
+// grouped_gemm's kernel for rows of whole 16-byte vectors: gather, product, bias, activation,
+// routing weight, one rounding.
 //
-// Schedule: a persistent block walks output tiles; ExpertTiles turns a tile's number into an expert
-// and its rows. All 4 warps load and multiply (mma_tile.cuh), then the accumulators pass through
-// shared memory, so that the epilogue is a small rolled loop and the rows are written 16 bytes a
-// thread. Where the activation is gated, a tile's columns are half gates and half ups of the same
-// output columns: the first product never reaches memory.
+// Schedule, for a persistent block: it walks its share of the output tiles, and its threads copy
+// both operands, kDepth of k at a time, into a ring of kStages slots with cp.async. The copies run
+// kStages slots ahead of the product and on across tiles, so that memory never idles while a tile
+// is finished. A slot is refilled as soon as everybody holds its last fragments in registers, right
+// after the one barrier of a step; fragments of the next 16 of k are read while these are
+// multiplied. In flight: kStages * (kRows + kCols) * kDepth * 2 bytes a block.
+//
+// Every accumulator adds its products in ascending k, 16 at a time, in every shape: the bits don't
+// depend on the shape chosen.
+//
+// Shared memory holds 16-byte vectors, permuted (XOR) so that the 8 rows of one ldmatrix lie in
+// different banks. Where the activation is gated, 8 columns of gates and their 8 columns of ups
+// take turns in a tile: a thread holds both branches of an output, and the first product never
+// reaches memory.
 #pragma once
 
 #include "device.h"
 #include "epilogue.cuh"
-#include "expert_tiles.cuh"
+#include "items.cuh"
 #include "launch.cuh"
-#include "mma_tile.cuh"
-#include "simt_tile.cuh"
+#include "primitives.h"
+#include "ptx.cuh"
 
 namespace simple_moe::cuda {
 
-struct Alignment {
-  bool a, b, out;  // whether rows can be accessed 16 bytes at a time
+// A tile of kRows x kCols, warps in a grid of kWarpRows x kWarpCols, kBlocks blocks a
+// multiprocessor.
+template <int kRows_, int kCols_, int kDepth_, int kStages_, int kWarpRows_, int kWarpCols_,
+          int kBlocks_>
+struct GemmShape {
+  static constexpr int kRows = kRows_, kCols = kCols_, kDepth = kDepth_, kStages = kStages_;
+  static constexpr int kWarpRows = kWarpRows_, kWarpCols = kWarpCols_, kBlocks = kBlocks_;
+  static constexpr int kThreads = 32 * kWarpRows * kWarpCols;
+  static constexpr int kRowsOfWarp = kRows / kWarpRows, kColsOfWarp = kCols / kWarpCols;
+  static constexpr int kI = kRowsOfWarp / 16, kJ = kColsOfWarp / 8;  // accumulators of 16 x 8
+  static constexpr int kVectors = kDepth / kVector;                  // of a line
+  static constexpr int kLineBytes = kDepth * 2;
+  static constexpr int kABytes = kRows * kLineBytes, kSlotBytes = kABytes + kCols * kLineBytes;
+  // Lines that all threads copy at once.
+  static constexpr int kPass = kThreads / kVectors;
+  static constexpr int kPassesA = (kRows + kPass - 1) / kPass, kPassesB = kCols / kPass;
+  // A warp's accumulators are finished so many rows at a time.
+  static constexpr int kStagedRows = kI == 1 ? 16 : 8;
+  static constexpr int kStagedBytes = kStagedRows * kColsOfWarp * 4;
+  // Items whose copies have begun and whose products have not ended, from the copier to the others.
+  static constexpr int kQueue = kStages + 2;
+  static constexpr int kQueueAt = kStages * kSlotBytes + kWarpRows * kWarpCols * kStagedBytes;
+  static constexpr int kBytes = kQueueAt + kQueue * static_cast<int>(sizeof(Item));
+  static_assert(kRowsOfWarp % 16 == 0 && kColsOfWarp % 16 == 0, "fragments are 16 x 16");
+  static_assert(kPass % 16 == 0 && kCols % kPass == 0, "a thread copies gates or ups, not both");
+  static_assert(kDepth % 32 == 0, "fragments take turns in two sets of registers");
+
+  // Where vector `vector` of a line lies. Lines 8 apart are permuted alike, so that fragments of
+  // further lines lie at a fixed distance, and of the next 16 of k at a fixed XOR.
+  __device__ static uint32_t place(int line, int vector) {
+    constexpr int kLinesOf128Bytes = kVectors < 8 ? 8 / kVectors : 1;
+    return line * kLineBytes + ((vector ^ (line / kLinesOf128Bytes % (8 / kLinesOf128Bytes))) << 4);
+  }
 };
 
-// The row of `a` behind an output row.
-__device__ __forceinline__ int64_t source_row(const GroupedGemm& p, int64_t row) {
-  return p.gather_topk ? p.sorted_slots[row] / p.gather_topk : row;
+// The output column that a tile's line is for: 8 gates and their 8 ups take turns.
+template <typename Shape>
+__device__ __forceinline__ int column_of_line(const GroupedGemm& p, const Item& item, int line) {
+  return is_gated(p.activation.kind)
+             ? item.column_tile * (Shape::kCols / 2) + line / 16 * 8 + line % 8
+             : item.column_tile * Shape::kCols + line;
 }
 
-// The row of b behind a column of a tile, or -1 where there is none.
-template <int kCols>
-__device__ __forceinline__ int64_t weight_row(const GroupedGemm& p, int column_tile, int column) {
-  if (!is_gated(p.activation.kind)) {
-    const int64_t row = static_cast<int64_t>(column_tile) * kCols + column;
-    return row < p.n ? row : -1;
+// The row of b behind a tile's line. There is none past the last column.
+template <typename Shape>
+__device__ __forceinline__ int64_t row_of_line(const GroupedGemm& p, const Item& item, int line) {
+  const int column = column_of_line<Shape>(p, item, line);
+  return is_gated(p.activation.kind) ? branch_row(p, column, line % 16 >= 8) : column;
+}
+
+// Copies the operands of a block's items into the ring, step by step: a thread takes one vector of
+// every kPass-th line.
+template <typename Shape>
+class Copier {
+ public:
+  static constexpr int kPasses = Shape::kPassesA + Shape::kPassesB;
+
+  __device__ Copier(const GroupedGemm& p, const Items& items, Item* queue)
+      : p_(p), items_(items), queue_(queue), a_stride_(static_cast<uint32_t>(p.a_stride) * 2) {
+    begin_item();
   }
-  const bool up = column >= kCols / 2;
-  const int64_t output = static_cast<int64_t>(column_tile) * (kCols / 2) + column % (kCols / 2);
-  return output < p.n ? branch_row(p, output, up) : -1;
-}
 
-template <int kCols>
-__host__ __device__ __forceinline__ int64_t column_tiles(const GroupedGemm& p) {
-  const int64_t width = is_gated(p.activation.kind) ? kCols / 2 : kCols;
-  return (p.n + width - 1) / width;
-}
-
-template <typename Product, int kThreads, typename Multiply>
-__device__ __forceinline__ void for_each_tile(const GroupedGemm& p, bool out_aligned,
-                                              const Multiply& multiply) {
-  using Shape = typename Product::Shape;
-  using Tiles = ExpertTiles<kThreads, Shape::kRows>;
-  unsigned char* const smem = ptx::dynamic_smem();
-  auto* const storage = reinterpret_cast<typename Tiles::Storage*>(smem + Shape::kBytes);
-  Tiles tiles(storage, p.expert_offsets, p.experts, p.rows, column_tiles<Shape::kCols>(p));
-  Tile tile;
-  for (int64_t number = blockIdx.x; tiles.find(number, tile); number += gridDim.x) {
-    Product product;
-    multiply(product, tile, smem);
-    const int width = is_gated(p.activation.kind) ? Shape::kCols / 2 : Shape::kCols;
-    product.stage(smem, [&](int first, const float* staged) {
-      const int left = tile.row_count - first;
-      const int rows = left < Shape::kStagedRows ? left : Shape::kStagedRows;
-      finish_rows(p, tile.expert, tile.row_begin + first, rows,
-                  static_cast<int64_t>(tile.column_tile) * width, Shape::kCols, staged,
-                  Shape::kPitch, out_aligned);
-    });
+  // Passes kFirst ... kLast - 1 of the next step (or of the item's step `ahead` from there): first
+  // those of a, then those of b. Past the last item nothing is copied.
+  template <int kFirst, int kLast>
+  __device__ void copy(uint32_t slot, int ahead = 0) const {
+    const int more = ahead * Shape::kLineBytes;
+    const bool valid = k_ + ahead * Shape::kDepth < p_.k;
+    const uint32_t to = slot + Shape::place(line(), vector());
+#pragma unroll
+    for (int pass = kFirst; pass < kLast; ++pass) {
+      constexpr int kPassBytes = Shape::kPass * Shape::kLineBytes;
+      if (pass < Shape::kPassesA) {
+        const char* const from = a_ + static_cast<uint64_t>(a_rows_[pass]) * a_stride_;
+        if (pass < a_passes_) ptx::cp_async_16(to + pass * kPassBytes, from + more, valid);
+      } else if (const int b_pass = pass - Shape::kPassesA; b_pass < b_passes_) {
+        const char* const from = b_ + static_cast<uint64_t>(b_pass_stride_) * b_pass;
+        ptx::cp_async_16(to + Shape::kABytes + b_pass * kPassBytes, from + more, valid);
+      }
+    }
   }
-}
 
-// `kLineMajorB`: b's rows are contiguous along n, not along k (a transposed view).
-template <typename T, typename Shape, bool kLineMajorB>
-__global__ void __launch_bounds__(kMmaThreads, 2)
-    grouped_gemm_kernel(const GroupedGemm p, Alignment aligned) {
-  for_each_tile<MmaTile<T, Shape>, kMmaThreads>(
-      p, aligned.out, [&](auto& product, const Tile& tile, unsigned char* smem) {
-        using A = KMajor<T, Shape::kRows, Shape::kDepth>;
-        A a;
-        a.k = p.k;
-        a.aligned = aligned.a;
+  // All of it is copied: goes on to the next.
+  __device__ void end_step() {
+    ptx::cp_async_commit();  // Empty groups keep the count.
+    a_ += Shape::kLineBytes;
+    b_ += Shape::kLineBytes;
+    k_ += Shape::kDepth;
+    if (k_ - vector() * kVector >= p_.k) begin_item();
+  }
+
+ private:
+  __device__ static int vector() { return threadIdx.x % Shape::kVectors; }
+  __device__ static int line() { return threadIdx.x / Shape::kVectors; }
+
+  // Past the last item comes one of no rows.
+  __device__ void begin_item() {
+    Item item{};
+    const bool found = items_.next(item);
+    if (threadIdx.x == 0) queue_[begun_ % Shape::kQueue] = item;
+    ++begun_;
+    k_ = vector() * kVector;
+    a_ = static_cast<const char*>(p_.a) + k_ * 2;
+    // Rows and columns only grow from pass to pass.
+    const int rows = item.row_count - line();
+    a_passes_ = rows > 0 ? (rows + Shape::kPass - 1) / Shape::kPass : 0;
 #pragma unroll
-        for (int pass = 0; pass < A::kPasses; ++pass) {
-          const int row = A::line(pass);
-          a.lines[pass] =
-              row < tile.row_count
-                  ? static_cast<const T*>(p.a) + source_row(p, tile.row_begin + row) * p.a_stride
-                  : nullptr;
-        }
-        const T* const weights = static_cast<const T*>(p.b) + tile.expert * p.b_expert_stride;
-        if constexpr (kLineMajorB) {
-          // 8 columns of a tile are neighbours in memory, or every other one where gates and ups
-          // are interleaved.
-          using B = LineMajor<T, Shape::kCols, Shape::kDepth>;
-          const bool gated = is_gated(p.activation.kind);
-          const int64_t row = weight_row<Shape::kCols>(p, tile.column_tile, B::first_line());
-          const int width = gated ? Shape::kCols / 2 : Shape::kCols;
-          const int64_t left =
-              p.n - static_cast<int64_t>(tile.column_tile) * width - B::first_line() % width;
-          const int count = left < 0 ? 0 : (left < kVector ? static_cast<int>(left) : kVector);
-          const int64_t stride = gated && p.gate_layout == GateLayout::kInterleaved ? 2 : 1;
-          const B b{weights + (row < 0 ? 0 : row), p.b_col_stride, stride, count, p.k, aligned.b};
-          product.multiply(a, b, p.k, smem);
-        } else {
-          using B = KMajor<T, Shape::kCols, Shape::kDepth>;
-          B b;
-          b.k = p.k;
-          b.aligned = aligned.b;
+    for (int pass = 0; pass < Shape::kPassesA; ++pass) {
+      const int row = item.row_begin + line() + pass * Shape::kPass;
+      a_rows_[pass] = row;
+      if (p_.source_rows && pass < a_passes_) a_rows_[pass] = p_.source_rows[row];
+    }
+    b_ = static_cast<const char*>(p_.b) +
+         (item.expert * p_.b_expert_stride +
+          row_of_line<Shape>(p_, item, line()) * p_.b_row_stride + k_) *
+             2;
+    const bool gated = is_gated(p_.activation.kind);
+    const bool alternate = gated && p_.gate_layout == GateLayout::kInterleaved;
+    const int columns_of_pass = Shape::kPass / (gated ? 2 : 1);
+    b_pass_stride_ = columns_of_pass * (alternate ? 4 : 2) * static_cast<uint32_t>(p_.b_row_stride);
+    const int left = static_cast<int>(p_.n) - column_of_line<Shape>(p_, item, line());
+    b_passes_ = found && left > 0 ? (left + columns_of_pass - 1) / columns_of_pass : 0;
+  }
+
+  const GroupedGemm& p_;
+  Items items_;
+  Item* queue_;
+  unsigned begun_ = 0;
+  int k_;                              // of this thread's vector in the next step
+  const char* a_;                      // there, in a's row 0
+  const char* b_;                      // there, in the first pass's line
+  uint32_t a_rows_[Shape::kPassesA];   // read from memory, not needed before the next step
+  uint32_t a_stride_, b_pass_stride_;  // bytes
+  int a_passes_, b_passes_;            // that have lines
+};
+
+// A warp's part of a tile in its accumulators.
+template <typename T, typename Shape>
+class WarpTile {
+ public:
+  static constexpr int kI = Shape::kI, kJ = Shape::kJ;
+
+  __device__ static int row() {
+    return static_cast<int>(threadIdx.x) / 32 / Shape::kWarpCols * Shape::kRowsOfWarp;
+  }
+  __device__ static int column() {
+    return static_cast<int>(threadIdx.x) / 32 % Shape::kWarpCols * Shape::kColsOfWarp;
+  }
+
+  // Where the sums begin: at the bias, or at zero. `staged`: as for finish().
+  __device__ void begin(const GroupedGemm& p, const Item& item, unsigned char* staged) {
 #pragma unroll
-          for (int pass = 0; pass < B::kPasses; ++pass) {
-            const int64_t row = weight_row<Shape::kCols>(p, tile.column_tile, B::line(pass));
-            b.lines[pass] = row < 0 ? nullptr : weights + row * p.b_row_stride;
+    for (int i = 0; i < kI; ++i) {
+#pragma unroll
+      for (int j = 0; j < kJ; ++j)
+        acc_[i][j][0] = acc_[i][j][1] = acc_[i][j][2] = acc_[i][j][3] = 0;
+    }
+    if (!p.bias.data) return;
+    float* const bias = reinterpret_cast<float*>(staged);
+    const int64_t first = item.expert * (is_gated(p.activation.kind) ? 2 * p.n : p.n);
+#pragma unroll 1
+    for (int line = threadIdx.x % 32; line < Shape::kColsOfWarp; line += 32) {
+      const bool there = column_of_line<Shape>(p, item, column() + line) < p.n;
+      bias[line] =
+          there ? load_float(p.bias, first + row_of_line<Shape>(p, item, column() + line)) : 0.0f;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kJ; ++j) {
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        const float value = bias[j * 8 + threadIdx.x % 4 * 2 + q];
+#pragma unroll
+        for (int i = 0; i < kI; ++i) acc_[i][j][q] = acc_[i][j][q + 2] = value;
+      }
+    }
+    __syncwarp();
+  }
+
+  // The fragments of a slot's first 16 of k.
+  __device__ void load_first(uint32_t slot) {
+    load_b<0>(slot, 0);
+#pragma unroll
+    for (int i = 0; i < kI; ++i) load_a(i, slot, 0);
+  }
+
+  // Multiplies 16 of k and reads the fragments of the next: b's into the other of two sets of
+  // registers, a's into those just used. `next()` says where they are: a slot, and which 16 of its
+  // k; it may wait, for the tensor cores have been given work by then. So they have when `copy()`
+  // is called, the fragments are on their way, and nothing waits for its instructions.
+  template <int kSet, typename Next, typename Copy>
+  __device__ void multiply(const Next& next, const Copy& copy) {
+    multiply_row<kSet>(0);
+    const auto [slot, k16] = next();
+    load_b<kSet ^ 1>(slot, k16);
+    load_a(0, slot, k16);
+    if constexpr (kI == 1) copy();
+#pragma unroll
+    for (int i = 1; i < kI; ++i) {
+      multiply_row<kSet>(i);
+      load_a(i, slot, k16);
+      if (i == 1) copy();
+    }
+  }
+
+  // Activation, routing weight, rounding, kStagedRows at a time through `staged`, this warp's own:
+  // a rolled loop that holds few registers. `weights`: of the warp's rows `lane` and `lane` + 32.
+  __device__ void finish(const GroupedGemm& p, const Item& item, const float (&weights)[2],
+                         unsigned char* staged) const {
+    constexpr int kEights = Shape::kStagedRows / 8;
+    const bool gated = is_gated(p.activation.kind);
+    const int chunks = gated ? 4 : 2;  // of 4 floats, that 8 outputs are made of
+    const int vectors = 2 * kJ / chunks;
+    const int first_column = (item.column_tile * Shape::kCols + column()) / (gated ? 2 : 1);
+    const ActivationScalars scalars = scalars_of(p.activation, item.expert);
+#pragma unroll 1
+    for (int part = 0; part < 2 * kI / kEights; ++part) {
+      const int first_row = row() + part * Shape::kStagedRows;
+      if (first_row >= item.row_count) break;
+      float weight[kEights];
+#pragma unroll
+      for (int eight = 0; eight < kEights; ++eight) {
+        const int in_warp = (part * kEights + eight) * 8 + threadIdx.x % 8;
+        weight[eight] =
+            __shfl_sync(0xffffffffu, in_warp < 32 ? weights[0] : weights[1], in_warp % 32);
+      }
+      // No index of an array in registers may be a variable.
+#pragma unroll
+      for (int eight = 0; eight < 2 * kI; ++eight) {
+        if (eight / kEights == part) stage(eight, staged);
+      }
+      __syncwarp();
+#pragma unroll 1
+      for (int i = threadIdx.x % 32 / 8; i < kEights * vectors; i += 4) {
+        const int eight = i / vectors, vector = i % vectors;
+        const int staged_row = eight * 8 + threadIdx.x % 8;
+        const int column = first_column + vector * kVector;
+        if (first_row + staged_row >= item.row_count || column >= p.n) continue;
+        float gate[kVector], up[kVector];
+        const auto read = [&](float (&values)[kVector], int chunk) {
+#pragma unroll
+          for (int j = 0; j < kVector; j += 4) {
+            const float4 four = *reinterpret_cast<const float4*>(
+                staged + staged_place(staged_row, vector * chunks + chunk + j / 4));
+            values[j] = four.x, values[j + 1] = four.y;
+            values[j + 2] = four.z, values[j + 3] = four.w;
           }
-          product.multiply(a, b, p.k, smem);
+        };
+        read(gate, 0);
+        if (gated) read(up, 2);
+        activate<kVector>(p.activation.kind, scalars, gate, up);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) gate[j] *= eight == 0 ? weight[0] : weight[kEights - 1];
+        T* const out = static_cast<T*>(p.out) +
+                       (item.row_begin + first_row + staged_row) * p.out_stride + column;
+        store_vector(out, kVector, true, gate);
+      }
+      __syncwarp();
+    }
+  }
+
+ private:
+  template <int kSet>
+  __device__ void multiply_row(int i) {
+#pragma unroll
+    for (int j = 0; j < kJ; ++j) {
+      ptx::mma_m16n8k16<T>(acc_[i][j], a_[i], b_[kSet][j / 2][j % 2 * 2],
+                           b_[kSet][j / 2][j % 2 * 2 + 1]);
+    }
+  }
+  __device__ void load_a(int i, uint32_t slot, int k16) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t first = slot + Shape::place(row() + lane % 16, lane / 16);
+    ptx::ldmatrix_x4(a_[i], (first ^ (k16 * 32)) + i * 16 * Shape::kLineBytes);
+  }
+  template <int kSet>
+  __device__ void load_b(uint32_t slot, int k16) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t first =
+        slot + Shape::kABytes + Shape::place(column() + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+#pragma unroll
+    for (int j = 0; j < kJ / 2; ++j) {
+      ptx::ldmatrix_x4(b_[kSet][j], (first ^ (k16 * 32)) + j * 16 * Shape::kLineBytes);
+    }
+  }
+
+  // The warp's rows 8 * eight ...
+  __device__ void stage(int eight, unsigned char* staged) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < kJ; ++j) {
+      float2* const to = reinterpret_cast<float2*>(
+          staged +
+          staged_place(eight % (Shape::kStagedRows / 8) * 8 + lane / 4, j * 2 + lane % 4 / 2) +
+          lane % 2 * 8);
+      *to = make_float2(acc_[eight / 2][j][eight % 2 * 2], acc_[eight / 2][j][eight % 2 * 2 + 1]);
+    }
+  }
+
+  // Where 4 floats of a staged row lie: permuted, so that neither writing fragments nor reading
+  // whole vectors meets a bank twice.
+  __device__ static int staged_place(int row, int chunk) {
+    constexpr int kChunks = Shape::kColsOfWarp / 4;
+    return (row * kChunks + (chunk ^ ((row % 4 * 2 + row / 4 % 2) % kChunks))) * 16;
+  }
+
+  float acc_[kI][kJ][4];
+  uint32_t a_[kI][4], b_[2][kJ / 2][4];
+};
+
+// Of the rows lane and lane + 32 of a warp's.
+__device__ __forceinline__ void read_row_weights(const GroupedGemm& p, const Item& item,
+                                                 int first_row, float (&weights)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first_row + static_cast<int>(threadIdx.x) % 32 + 32 * i;
+    if (row < item.row_count) weights[i] = p.row_weights[item.row_begin + row];
+  }
+}
+
+// The slot being multiplied; the one before it, just done with, is to be filled.
+template <typename Shape>
+struct Cursor {
+  __device__ explicit Cursor(uint32_t ring) : begin(ring), slot(ring) {}
+  __device__ uint32_t free_slot() const {
+    return (slot == begin ? begin + Shape::kStages * Shape::kSlotBytes : slot) - Shape::kSlotBytes;
+  }
+  __device__ void advance() {
+    slot += Shape::kSlotBytes;
+    if (slot == begin + Shape::kStages * Shape::kSlotBytes) slot = begin;
+  }
+
+  uint32_t begin, slot;
+};
+
+// When the next slot has landed for all, and this one is in everybody's registers.
+template <typename Shape>
+__device__ __forceinline__ void next_step(Copier<Shape>& copier, Cursor<Shape>& cursor) {
+  copier.end_step();
+  ptx::cp_async_wait<Shape::kStages - 2>();
+  __syncthreads();
+  cursor.advance();
+}
+
+// The copies are spread over the products.
+template <typename T, typename Shape, int kPair = 0>
+__device__ __forceinline__ void multiply_step(WarpTile<T, Shape>& product, Copier<Shape>& copier,
+                                              Cursor<Shape>& cursor) {
+  constexpr int kPairs = Shape::kDepth / 32, kParts = 2 * kPairs - 1;
+  constexpr auto first_pass = [](int part) { return part * Copier<Shape>::kPasses / kParts; };
+  struct Place {
+    uint32_t slot;
+    int k16;
+  };
+  const uint32_t free_slot = cursor.free_slot();
+  product.template multiply<0>(
+      [&] { return Place{cursor.slot, 2 * kPair + 1}; },
+      [&] { copier.template copy<first_pass(2 * kPair), first_pass(2 * kPair + 1)>(free_slot); });
+  product.template multiply<1>(
+      [&] {
+        if constexpr (kPair + 1 < kPairs) return Place{cursor.slot, 2 * kPair + 2};
+        next_step(copier, cursor);
+        return Place{cursor.slot, 0};
+      },
+      [&] {
+        if constexpr (kPair + 1 < kPairs) {
+          copier.template copy<first_pass(2 * kPair + 1), first_pass(2 * kPair + 2)>(free_slot);
         }
       });
+  if constexpr (kPair + 1 < kPairs) multiply_step<T, Shape, kPair + 1>(product, copier, cursor);
 }
 
-// float32: any strides.
-__global__ void __launch_bounds__(SimtShape::kThreads)
-    grouped_gemm_f32_kernel(const GroupedGemm p, Alignment aligned);
-
-template <typename Shape, typename Kernel>
-void launch_grouped_gemm(Kernel kernel, const GroupedGemm& p, int threads, size_t storage,
-                         cudaStream_t stream) {
-  const DeviceInfo& device = device_info();
-  const size_t smem = Shape::kBytes + storage;
-  const int64_t active = p.rows < p.experts ? p.rows : p.experts;
-  // No host knows the routing: every expert may end with a tile of its own.
-  const int64_t tiles = (p.rows / Shape::kRows + active) * column_tiles<Shape::kCols>(p);
-  const int64_t blocks_per_sm = static_cast<int64_t>(device.smem_per_sm / (smem + 1024));
-  const int64_t resident = device.sm_count * (blocks_per_sm < 1 ? 1 : blocks_per_sm);
-  const bool line_major = p.b_col_stride != 1;
-  bool b_aligned = rows_are_aligned(p.b, p.b_expert_stride, p.dtype) &&
-                   rows_are_aligned(p.b, line_major ? p.b_col_stride : p.b_row_stride, p.dtype);
-  if (line_major && is_gated(p.activation.kind)) {
-    b_aligned = b_aligned && p.n % kVector == 0 && p.gate_layout != GateLayout::kInterleaved;
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+    grouped_gemm_kernel(const GroupedGemm p) {
+  if (!p.only_a_is_new) ptx::wait_for_earlier_kernels();
+  unsigned char* const smem = ptx::dynamic_smem();
+  const uint32_t ring = ptx::smem_address(smem);
+  unsigned char* const staged =
+      smem + Shape::kStages * Shape::kSlotBytes + threadIdx.x / 32 * Shape::kStagedBytes;
+  const int steps = static_cast<int>((p.k + Shape::kDepth - 1) / Shape::kDepth);
+  Item* const queue = reinterpret_cast<Item*>(smem + Shape::kQueueAt);
+  Copier<Shape> copier(p, Items(p, column_tiles<Shape::kCols>(p)), queue);
+  // The weights don't wait for the kernel that writes `a`.
+  const bool weights_first = p.only_a_is_new && steps >= Shape::kStages - 1;
+#pragma unroll 1
+  for (int step = 0; weights_first && step < Shape::kStages - 1; ++step) {
+    copier.template copy<Shape::kPassesA, copier.kPasses>(ring + step * Shape::kSlotBytes, step);
   }
-  const Alignment aligned{rows_are_aligned(p.a, p.a_stride, p.dtype), b_aligned,
-                          rows_are_aligned(p.out, p.out_stride, p.out_dtype)};
-  launch(kernel, tiles < resident ? tiles : resident, threads, smem, stream, p, aligned);
+  if (p.only_a_is_new) ptx::wait_for_earlier_kernels();
+  ptx::let_next_kernel_start();
+#pragma unroll 1
+  for (int step = 0; step < Shape::kStages - 1; ++step) {
+    const uint32_t slot = ring + step * Shape::kSlotBytes;
+    copier.template copy<0, Shape::kPassesA>(slot);
+    if (!weights_first) copier.template copy<Shape::kPassesA, copier.kPasses>(slot);
+    copier.end_step();
+  }
+  ptx::cp_async_wait<Shape::kStages - 2>();
+  __syncthreads();
+
+  Cursor<Shape> cursor(ring);
+#pragma unroll 1
+  for (unsigned number = 0;; ++number) {
+    const Item item = queue[number % Shape::kQueue];
+    if (item.row_count == 0) break;
+    const int warp_row = WarpTile<T, Shape>::row();
+    if (Shape::kWarpRows == 1 || warp_row < item.row_count) {
+      WarpTile<T, Shape> product;
+      product.begin(p, item, staged);
+      product.load_first(cursor.slot);
+      float weights[2] = {1.0f, 1.0f};
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        if (step == steps - 1 && p.row_weights) read_row_weights(p, item, warp_row, weights);
+        multiply_step(product, copier, cursor);
+      }
+      product.finish(p, item, weights, staged);
+    } else {
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        copier.template copy<0, copier.kPasses>(cursor.free_slot());
+        next_step(copier, cursor);
+      }
+    }
+  }
 }
 
-// rows, columns, k and stages of a tile; rows of warps
-using FewRows = TileShape<16, 128, 64, 4, 1>;
-using SomeRows = TileShape<64, 128, 32, 4, 2>;
-using ManyRows = TileShape<128, 128, 32, 4, 2>;
+template <typename T, typename Shape>
+void launch_one(const GroupedGemm& p, cudaStream_t stream) {
+  const int64_t items =
+      most_row_tiles(p.row_tiles.height, p.rows, p.experts) * column_tiles<Shape::kCols>(p);
+  const DeviceInfo& device = device_info();
+  const int64_t fit = static_cast<int64_t>(device.smem_per_sm / (Shape::kBytes + 1024));
+  const int64_t resident = device.sm_count * (fit < Shape::kBlocks ? fit : Shape::kBlocks);
+  launch<Start::kEarly>(grouped_gemm_kernel<T, Shape>, items < resident ? items : resident,
+                        Shape::kThreads, Shape::kBytes, stream, p);
+}
 
-// One per dtype and layout of b, each in a file of its own: they take the compiler's time.
-void grouped_gemm_f16(const GroupedGemm& p, cudaStream_t stream);
-void grouped_gemm_f16_line_major(const GroupedGemm& p, cudaStream_t stream);
-void grouped_gemm_bf16(const GroupedGemm& p, cudaStream_t stream);
-void grouped_gemm_bf16_line_major(const GroupedGemm& p, cudaStream_t stream);
-void grouped_gemm_f32(const GroupedGemm& p, cudaStream_t stream);
-
-// The tile's height follows the mean number of rows of an expert: padding costs products, low
-// tiles cost reads of b.
-template <typename T, bool kLineMajorB>
-void grouped_gemm_mma(const GroupedGemm& p, cudaStream_t stream) {
-  const auto launch_shape = [&](auto shape) {
-    using Shape = decltype(shape);
-    launch_grouped_gemm<Shape>(grouped_gemm_kernel<T, Shape, kLineMajorB>, p, kMmaThreads,
-                               sizeof(ExpertTilesStorage<kMmaThreads>), stream);
-  };
-  const int64_t mean = p.rows / (p.rows < p.experts ? p.rows : p.experts);
-  if (mean <= 16) {
-    launch_shape(FewRows());
-  } else if (mean <= 64) {
-    launch_shape(SomeRows());
+template <typename T>
+void launch_shape(const GroupedGemm& p, cudaStream_t stream) {
+#ifdef SIMPLE_MOE_TUNE
+  const char* env = getenv(p.only_a_is_new ? "TUNE2" : "TUNE1");
+  const int which = env ? atoi(env) : -1;
+  switch (which) {
+    case 0:
+      return launch_one<T, GemmShape<16, 64, 64, 6, 1, 4, 3>>(p, stream);
+    case 1:
+      return launch_one<T, GemmShape<16, 128, 64, 4, 1, 4, 3>>(p, stream);
+    case 2:
+      return launch_one<T, GemmShape<16, 128, 64, 5, 1, 4, 2>>(p, stream);
+    case 3:
+      return launch_one<T, GemmShape<32, 128, 64, 5, 1, 4, 2>>(p, stream);
+    case 4:
+      return launch_one<T, GemmShape<64, 128, 64, 4, 2, 2, 2>>(p, stream);
+    case 5:
+      return launch_one<T, GemmShape<64, 256, 64, 5, 2, 4, 1>>(p, stream);
+    case 6:
+      return launch_one<T, GemmShape<128, 256, 64, 4, 2, 4, 1>>(p, stream);
+    case 7:
+      return launch_one<T, GemmShape<128, 256, 32, 7, 2, 4, 1>>(p, stream);
+    case 8:
+      return launch_one<T, GemmShape<128, 128, 64, 3, 2, 2, 2>>(p, stream);
+    case 9:
+      return launch_one<T, GemmShape<256, 128, 64, 4, 4, 2, 1>>(p, stream);
+  }
+#endif
+  if (p.row_tiles.height <= 16) {
+    launch_one<T, GemmShape<16, 128, 64, 4, 1, 4, 3>>(p, stream);
+  } else if (p.row_tiles.height <= 32) {
+    launch_one<T, GemmShape<32, 128, 64, 4, 1, 4, 2>>(p, stream);
+  } else if (p.row_tiles.height <= 64) {
+    launch_one<T, GemmShape<64, 128, 64, 3, 2, 2, 2>>(p, stream);
+  } else if (device_info().smem_per_block >= GemmShape<128, 256, 64, 4, 2, 4, 1>::kBytes) {
+    launch_one<T, GemmShape<128, 256, 64, 4, 2, 4, 1>>(p, stream);
   } else {
-    launch_shape(ManyRows());
+    launch_one<T, GemmShape<128, 128, 32, 3, 2, 2, 1>>(p, stream);
   }
 }
 

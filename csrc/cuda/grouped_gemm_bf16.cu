@@ -2,8 +2,6 @@
 
 namespace simple_moe::cuda {
 
-void grouped_gemm_bf16(const GroupedGemm& p, cudaStream_t stream) {
-  grouped_gemm_mma<bf16, false>(p, stream);
-}
+void grouped_gemm_bf16(const GroupedGemm& p, cudaStream_t stream) { launch_shape<bf16>(p, stream); }
 
 }  // namespace simple_moe::cuda

@@ -2,8 +2,6 @@
 
 namespace simple_moe::cuda {
 
-void grouped_gemm_f16(const GroupedGemm& p, cudaStream_t stream) {
-  grouped_gemm_mma<f16, false>(p, stream);
-}
+void grouped_gemm_f16(const GroupedGemm& p, cudaStream_t stream) { launch_shape<f16>(p, stream); }
 
 }  // namespace simple_moe::cuda

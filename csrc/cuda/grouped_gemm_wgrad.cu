@@ -3,8 +3,8 @@
 // Schedule: as grouped_gemm's, but the tiles are known beforehand (experts x rows x columns of out)
 // and the rows of the expert are what is summed over: both operands lie with k as the slow axis.
 // Experts without rows get zeros.
+#include "block_scan.cuh"
 #include "device.h"
-#include "expert_tiles.cuh"
 #include "launch.cuh"
 #include "mma_tile.cuh"
 #include "primitives.h"

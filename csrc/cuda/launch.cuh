@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "device.h"
+
 namespace simple_moe {
 
 inline void cuda_check(cudaError_t status, const char* what) {
@@ -18,8 +20,13 @@ inline void cuda_check(cudaError_t status, const char* what) {
   }
 }
 
+// When a kernel may start: after those before it in the stream, or as early as they let it, where
+// the GPU and the build can. An early one calls ptx::wait_for_earlier_kernels() before it touches
+// what they write or read.
+enum class Start { kAfterOthers, kEarly };
+
 // Shared memory past 48 KB has to be asked for once per kernel and device; asking again is cheap.
-template <typename... Params, typename... Args>
+template <Start kStart = Start::kAfterOthers, typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem_bytes,
             cudaStream_t stream, Args... args) {
   if (grid == 0) return;
@@ -28,8 +35,17 @@ void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem_byte
                                     static_cast<int>(smem_bytes)),
                "cudaFuncSetAttribute");
   }
-  kernel<<<static_cast<unsigned>(grid), block, smem_bytes, stream>>>(args...);
-  cuda_check(cudaGetLastError(), "kernel launch");
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(grid);
+  config.blockDim = block;
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = kStart == Start::kEarly && device_info().early_launch ? 1 : 0;
+  cuda_check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), "kernel launch");
 }
 
 }  // namespace simple_moe

@@ -47,7 +47,7 @@ struct KMajor {
       unsigned char* const to = slot + place(line(pass), vector());
       if (whole || lines[pass] == nullptr || at >= k) {
         const bool valid = lines[pass] != nullptr && at < k;
-        ptx::cp_async_16(to, valid ? lines[pass] + at : nullptr, valid);
+        ptx::cp_async_16(ptx::smem_address(to), valid ? lines[pass] + at : nullptr, valid);
       } else {
         alignas(16) T values[kVector];
 #pragma unroll
@@ -61,15 +61,16 @@ struct KMajor {
   __device__ static void load_a(uint32_t (&fragment)[4], const unsigned char* slot, int line,
                                 int step) {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4(fragment, slot + place(line + lane % 16, step * 2 + lane / 16));
+    ptx::ldmatrix_x4(fragment,
+                     ptx::smem_address(slot + place(line + lane % 16, step * 2 + lane / 16)));
   }
 
   // The fragments of columns line ... line + 7 and line + 8 ... line + 15 of b.
   __device__ static void load_b(uint32_t (&fragments)[4], const unsigned char* slot, int line,
                                 int step) {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4(fragments,
-                     slot + place(line + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+    ptx::ldmatrix_x4(fragments, ptx::smem_address(slot + place(line + lane / 16 * 8 + lane % 8,
+                                                               step * 2 + lane / 8 % 2)));
   }
 };
 
@@ -104,7 +105,7 @@ struct LineMajor {
       const bool valid = at < k && count > 0;
       const T* const from = data + at * k_stride;
       if (whole || !valid) {
-        ptx::cp_async_16(to, valid ? from : nullptr, valid);
+        ptx::cp_async_16(ptx::smem_address(to), valid ? from : nullptr, valid);
       } else {
         alignas(16) T values[kVector];
 #pragma unroll
@@ -117,15 +118,16 @@ struct LineMajor {
   __device__ static void load_a(uint32_t (&fragment)[4], const unsigned char* slot, int line,
                                 int step) {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4_trans(fragment, slot + place(step * 16 + lane / 16 * 8 + lane % 8,
-                                                  line / kVector + lane / 8 % 2));
+    ptx::ldmatrix_x4_trans(fragment,
+                           ptx::smem_address(slot + place(step * 16 + lane / 16 * 8 + lane % 8,
+                                                          line / kVector + lane / 8 % 2)));
   }
 
   __device__ static void load_b(uint32_t (&fragments)[4], const unsigned char* slot, int line,
                                 int step) {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4_trans(fragments,
-                           slot + place(step * 16 + lane % 16, line / kVector + lane / 16));
+    ptx::ldmatrix_x4_trans(fragments, ptx::smem_address(slot + place(step * 16 + lane % 16,
+                                                                     line / kVector + lane / 16)));
   }
 };
 

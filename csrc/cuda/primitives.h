@@ -12,8 +12,14 @@ namespace simple_moe::cuda {
 bool topk_route_needs_keys(const TopkRoute& p);
 int64_t sort_by_expert_counts(int64_t slots, int64_t experts);
 
+// How high row tiles are best for a grouped_gemm of so many rows, and how many there can be at the
+// most (an array of them has one more).
+int row_tile_height(DType dtype, int64_t rows, int64_t experts);
+int64_t most_row_tiles(int height, int64_t rows, int64_t experts);
+
 void topk_route(const TopkRoute& p, cudaStream_t stream);
 void sort_by_expert(const SortByExpert& p, cudaStream_t stream);
+void row_tiles(const GroupedGemm& p, cudaStream_t stream);  // p.row_tiles of p.expert_offsets
 void grouped_gemm(const GroupedGemm& p, cudaStream_t stream);
 void grouped_gemm_wgrad(const GroupedGemmWgrad& p, cudaStream_t stream);
 void combine(const Combine& p, cudaStream_t stream);

@@ -5,13 +5,15 @@
 //   sum      block: over the chunks of each expert, then over the experts -> expert_offsets;
 //            counts[chunk][expert] becomes the chunk's first place within the expert
 //   scatter  warp: 32 slots at a time, in order; lanes of one expert take consecutive places
-// The bin after the last expert takes the slots whose expert is not held here.
-// Few slots: all three in one block, counts in shared memory. Many: a kernel each, counts in
-// global memory.
+// The bin after the last expert takes the slots whose expert is not held here. Whoever sums lays
+// the row tiles out too, where they are wanted. Few slots: all three in one block, counts in shared
+// memory. Many: a kernel each, counts in global memory.
 #include "block_scan.cuh"
 #include "device.h"
+#include "floats.cuh"
 #include "launch.cuh"
 #include "primitives.h"
+#include "row_tiles.cuh"
 
 namespace simple_moe::cuda {
 namespace {
@@ -73,6 +75,14 @@ __device__ void sum_counts(const SortByExpert& p, Chunks chunks, int32_t* counts
   }
 }
 
+// All of the block that wrote the offsets.
+__device__ void lay_row_tiles(const SortByExpert& p, int* smem) {
+  if (p.row_tiles.height == 0) return;
+  __syncthreads();  // the offsets are written, `smem` is free
+  lay_row_tiles<kBlock>(p.expert_offsets, p.experts, p.slots, p.row_tiles,
+                        *reinterpret_cast<RowTilesStorage<kBlock>*>(smem));
+}
+
 __device__ void scatter_chunk(const SortByExpert& p, Chunks chunks, int chunk, int32_t* counts) {
   const int lane = threadIdx.x % 32;
   const int64_t end = end_of_chunk(p, chunks, chunk);
@@ -84,8 +94,12 @@ __device__ void scatter_chunk(const SortByExpert& p, Chunks chunks, int chunk, i
     const int rank = __popc(peers & ((1u << lane) - 1));
     if (valid) {
       const int place = p.expert_offsets[bin] + counts[bin] + rank;
-      p.sorted_slots[place] = static_cast<int32_t>(slot);
+      if (p.sorted_slots) p.sorted_slots[place] = static_cast<int32_t>(slot);
       if (p.slot_rows) p.slot_rows[slot] = bin < p.experts ? place : -1;
+      if (p.source_rows) {
+        p.source_rows[place] = static_cast<int32_t>(slot / p.topk);
+        p.row_weights[place] = load_float(p.topk_weights, slot);
+      }
     }
     __syncwarp();  // all have read the count
     if (valid && rank == 0) counts[bin] += __popc(peers);
@@ -94,6 +108,8 @@ __device__ void scatter_chunk(const SortByExpert& p, Chunks chunks, int chunk, i
 }
 
 __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chunks chunks) {
+  ptx::wait_for_earlier_kernels();
+  ptx::let_next_kernel_start();
   int* const warp_totals = reinterpret_cast<int*>(ptx::dynamic_smem());
   int32_t* const counts = warp_totals + 32;
   const int chunk = threadIdx.x / 32;
@@ -103,20 +119,29 @@ __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chun
   sum_counts(p, chunks, counts, warp_totals);
   __syncthreads();
   if (chunk < chunks.count) scatter_chunk(p, chunks, chunk, own);
+  lay_row_tiles(p, warp_totals);
 }
 
 __global__ void __launch_bounds__(32 * kWarpsAtOnce)
     count_kernel(const SortByExpert p, Chunks chunks) {
+  ptx::wait_for_earlier_kernels();
+  ptx::let_next_kernel_start();
   const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32;
   if (chunk < chunks.count) count_chunk(p, chunks, chunk, p.counts + chunk * (p.experts + 1));
 }
 
 __global__ void __launch_bounds__(kBlock) sum_kernel(const SortByExpert p, Chunks chunks) {
-  sum_counts(p, chunks, p.counts, reinterpret_cast<int*>(ptx::dynamic_smem()));
+  ptx::wait_for_earlier_kernels();
+  ptx::let_next_kernel_start();
+  int* const smem = reinterpret_cast<int*>(ptx::dynamic_smem());
+  sum_counts(p, chunks, p.counts, smem);
+  lay_row_tiles(p, smem);
 }
 
 __global__ void __launch_bounds__(32 * kWarpsAtOnce)
     scatter_kernel(const SortByExpert p, Chunks chunks) {
+  ptx::wait_for_earlier_kernels();
+  ptx::let_next_kernel_start();
   const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32;
   if (chunk < chunks.count) scatter_chunk(p, chunks, chunk, p.counts + chunk * (p.experts + 1));
 }
@@ -128,7 +153,8 @@ Chunks cut(int64_t slots, int64_t max_chunks) {
 }
 
 size_t one_block_smem(Chunks chunks, int64_t experts) {
-  return sizeof(int32_t) * (32 + chunks.count * static_cast<size_t>(experts + 1));
+  const size_t counts = sizeof(int32_t) * (32 + chunks.count * static_cast<size_t>(experts + 1));
+  return counts > sizeof(RowTilesStorage<kBlock>) ? counts : sizeof(RowTilesStorage<kBlock>);
 }
 
 bool fits_one_block(int64_t slots, int64_t experts) {
@@ -145,14 +171,15 @@ int64_t sort_by_expert_counts(int64_t slots, int64_t experts) {
 void sort_by_expert(const SortByExpert& p, cudaStream_t stream) {
   if (fits_one_block(p.slots, p.experts)) {
     const Chunks chunks = cut(p.slots, kBlock / 32);
-    launch(sort_kernel, 1, kBlock, one_block_smem(chunks, p.experts), stream, p, chunks);
+    launch<Start::kEarly>(sort_kernel, 1, kBlock, one_block_smem(chunks, p.experts), stream, p,
+                          chunks);
     return;
   }
   const Chunks chunks = cut(p.slots, kMaxChunks);
   const int blocks = (chunks.count + kWarpsAtOnce - 1) / kWarpsAtOnce;
-  launch(count_kernel, blocks, 32 * kWarpsAtOnce, 0, stream, p, chunks);
-  launch(sum_kernel, 1, kBlock, 32 * sizeof(int), stream, p, chunks);
-  launch(scatter_kernel, blocks, 32 * kWarpsAtOnce, 0, stream, p, chunks);
+  launch<Start::kEarly>(count_kernel, blocks, 32 * kWarpsAtOnce, 0, stream, p, chunks);
+  launch<Start::kEarly>(sum_kernel, 1, kBlock, sizeof(RowTilesStorage<kBlock>), stream, p, chunks);
+  launch<Start::kEarly>(scatter_kernel, blocks, 32 * kWarpsAtOnce, 0, stream, p, chunks);
 }
 
 }  // namespace simple_moe::cuda

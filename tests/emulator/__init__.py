@@ -104,7 +104,8 @@ def build(mutations: dict[str, tuple[str, str]] | None = None) -> Path:
                 (tree / name).parent.mkdir(parents=True, exist_ok=True)
                 (tree / name).write_text(text)
         sources = [tree / "tests/emulator" / f for f in ("driver.cpp", "fibers.cpp", "toys.cu")]
-        sources += sorted((tree / "csrc/cuda").rglob("*.cu"))
+        # device.cu asks a real GPU: the driver has its own.
+        sources += sorted(set((tree / "csrc/cuda").glob("*.cu")) - {tree / "csrc/cuda/device.cu"})
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda source: _compile(tree, source), sources))
         program = BUILD / f"emulator-{_key(*objects)}"
@@ -200,18 +201,29 @@ class Emulator:
                        ids=torch.empty(tokens, topk, dtype=torch.int32))  # fmt: skip
         return self.run("topk_route", scalars, dict(logits=logits, bias=bias), outputs, **machine)
 
-    def sort_by_expert(self, topk_ids, num_experts, expert_offset=0, **machine):
-        """Gives the slots' rows too."""
+    def sort_by_expert(self, topk_ids, num_experts, expert_offset=0, *, topk=1, topk_weights=None,
+                       tile_height=0, **machine):  # fmt: skip
+        """expert_offsets, sorted_slots, slot_rows; with topk_weights also source_rows, row_weights
+        and, at a tile_height, the row tiles (the first holds their count)."""
         slots = topk_ids.numel()
         scalars = dict(slots=slots, experts=num_experts, expert_offset=expert_offset,
-                       ids_are_int64=topk_ids.dtype == torch.int64)  # fmt: skip
+                       ids_are_int64=topk_ids.dtype == torch.int64, topk=topk,
+                       tile_height=tile_height)  # fmt: skip
         sizes = dict(expert_offsets=num_experts + 1, sorted_slots=slots, slot_rows=slots)
+        if topk_weights is not None:
+            sizes |= dict(source_rows=slots)
         outputs = {k: torch.empty(size, dtype=torch.int32) for k, size in sizes.items()}
-        return self.run("sort_by_expert", scalars, dict(topk_ids=topk_ids), outputs, **machine)
+        if topk_weights is not None:
+            outputs["row_weights"] = torch.empty(slots)
+        if tile_height:
+            tiles = 1 + slots // tile_height + min(slots, num_experts)
+            outputs["row_tiles"] = torch.empty(tiles, 4, dtype=torch.int32)
+        inputs = dict(topk_ids=topk_ids, topk_weights=topk_weights)
+        return self.run("sort_by_expert", scalars, inputs, outputs, **machine)
 
-    def grouped_gemm(self, a, b, expert_offsets, *, rows=None, bias=None, sorted_slots=None,
-                     gather_topk=0, activation="identity", gate_layout="gate_up",
-                     alpha=None, beta=None, limit=None, slot_weights=None, out_dtype=None,
+    def grouped_gemm(self, a, b, expert_offsets, *, rows=None, bias=None, source_rows=None,
+                     activation="identity", gate_layout="gate_up",
+                     alpha=None, beta=None, limit=None, row_weights=None, out_dtype=None,
                      out_padding=0, zero_other_rows=True, **machine):  # fmt: skip
         """alpha, beta, limit: tensors, one value per expert. `out_padding`: elements between
         rows."""
@@ -219,11 +231,11 @@ class Emulator:
         entry = reference.ACTIVATIONS[activation]
         n //= 2 if entry.gated else 1
         rows = a.shape[0] if rows is None else rows
-        inputs = dict(a=a, b=b, expert_offsets=expert_offsets, sorted_slots=sorted_slots,
-                      bias=bias, slot_weights=slot_weights, expert_alpha=alpha,
+        inputs = dict(a=a, b=b, expert_offsets=expert_offsets, source_rows=source_rows,
+                      bias=bias, row_weights=row_weights, expert_alpha=alpha,
                       expert_beta=beta, expert_limit=limit)  # fmt: skip
         scalars = dict(a_stride=a.stride(0), rows=rows, n=n, k=k, experts=experts,
-                       gather_topk=gather_topk, b_expert_stride=b.stride(0),
+                       b_expert_stride=b.stride(0),
                        b_row_stride=b.stride(1), b_col_stride=b.stride(2),
                        activation=ACTIVATIONS.index(activation),
                        gate_layout=GATE_LAYOUTS.index(gate_layout), out_stride=n + out_padding,

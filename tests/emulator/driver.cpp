@@ -109,6 +109,12 @@ void sort_by_expert(Request& r) {
   p.expert_offsets = r.data<int32_t>("expert_offsets");
   p.sorted_slots = r.data<int32_t>("sorted_slots");
   p.slot_rows = r.data<int32_t>("slot_rows");
+  p.topk = r.scalar("topk");
+  p.topk_weights = r.floats("topk_weights");
+  p.source_rows = r.data<int32_t>("source_rows");
+  p.row_weights = r.data<float>("row_weights");
+  p.row_tiles.height = r.scalar("tile_height");
+  p.row_tiles.data = r.data<RowTile>("row_tiles");
   p.counts = r.scratch<int32_t>(cuda::sort_by_expert_counts(p.slots, p.experts));
   cuda::sort_by_expert(p, nullptr);
 }
@@ -124,8 +130,7 @@ void grouped_gemm(Request& r) {
   p.k = r.scalar("k");
   p.experts = r.scalar("experts");
   p.expert_offsets = r.data<int32_t>("expert_offsets");
-  p.sorted_slots = r.data<int32_t>("sorted_slots");
-  p.gather_topk = r.scalar("gather_topk");
+  p.source_rows = r.data<int32_t>("source_rows");
   p.b = r.data("b");
   p.b_expert_stride = r.scalar("b_expert_stride");
   p.b_row_stride = r.scalar("b_row_stride");
@@ -139,10 +144,14 @@ void grouped_gemm(Request& r) {
   p.activation.expert_beta = r.data<float>("expert_beta");
   p.activation.expert_limit = r.data<float>("expert_limit");
   p.gate_layout = static_cast<GateLayout>(r.scalar("gate_layout"));
-  p.slot_weights = r.floats("slot_weights");
+  p.row_weights = r.data<float>("row_weights");
   p.out = r.data("out");
   p.out_stride = r.scalar("out_stride");
   p.zero_other_rows = r.scalar("zero_other_rows");
+  p.row_tiles.height = cuda::row_tile_height(p.dtype, p.rows, p.experts);
+  p.row_tiles.data = reinterpret_cast<RowTile*>(
+      r.scratch<int32_t>(4 * (1 + cuda::most_row_tiles(p.row_tiles.height, p.rows, p.experts))));
+  if (p.rows > 0) cuda::row_tiles(p, nullptr);
   cuda::grouped_gemm(p, nullptr);
 }
 
@@ -191,8 +200,11 @@ void toy_gemm(Request& r) {
 void toy_scan(Request& r) { toys::scan(r.data<int>("x"), r.data<int>("out"), r.scalar("n")); }
 
 void toy_tiles(Request& r) {
-  toys::tiles(r.data<int>("expert_offsets"), r.data<int>("out"), r.scalar("experts"),
-              r.scalar("rows"), r.scalar("column_tiles"));
+  const int64_t experts = r.scalar("experts"), rows = r.scalar("rows");
+  auto* const row_tiles =
+      reinterpret_cast<RowTile*>(r.scratch<int32_t>(4 * (1 + rows / 16 + experts)));
+  toys::tiles(r.data<int>("expert_offsets"), r.data<int>("out"), experts, rows,
+              r.scalar("column_tiles"), row_tiles);
 }
 
 const std::map<std::string, void (*)(Request&)> kOperators = {
@@ -203,8 +215,12 @@ const std::map<std::string, void (*)(Request&)> kOperators = {
 };
 
 void serve(const std::string& name, Request& r) {
-  device = {r.scalar<int>("sm_count"), r.scalar<size_t>("smem_per_block"),
-            r.scalar<size_t>("smem_per_sm"), 8, 0};
+  device = {r.scalar<int>("sm_count"),
+            r.scalar<size_t>("smem_per_block"),
+            r.scalar<size_t>("smem_per_sm"),
+            8,
+            0,
+            false};
   emulator::random_bits.seed(r.scalar("seed"));
   try {
     kOperators.at(name)(r);

@@ -266,9 +266,12 @@ inline f16 from_float<f16>(float x) {
   return {std::bit_cast<uint16_t>(static_cast<_Float16>(x))};
 }
 
-inline void cp_async_16(void* smem, const void* global, bool valid, EMULATOR_WHERE) {
+inline unsigned char* smem_pointer(uint32_t address) { return emulator::shared_memory + address; }
+
+inline void cp_async_16(uint32_t address, const void* global, bool valid, EMULATOR_WHERE) {
   using emulator::fail;
   emulator::maybe_switch(true);
+  unsigned char* const smem = smem_pointer(address);
   if (reinterpret_cast<uintptr_t>(smem) % 16) fail("misaligned shared memory", "cp_async", where);
   if (valid) {
     if (reinterpret_cast<uintptr_t>(global) % 16) fail("misaligned source", "cp_async", where);
@@ -305,10 +308,10 @@ struct LdmatrixOperands {
   const unsigned char* row;
 };
 
-inline void ldmatrix(const char* what, uint32_t* r, const void* row, bool transpose,
+inline void ldmatrix(const char* what, uint32_t* r, uint32_t row, bool transpose,
                      emulator::Where where) {
-  if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("a misaligned row", what, where);
-  LdmatrixOperands mine{r, static_cast<const unsigned char*>(row)};
+  if (row % 16) emulator::fail("a misaligned row", what, where);
+  LdmatrixOperands mine{r, smem_pointer(row)};
   emulator::collective(what, 0xffffffffu, mine, where, [=](LdmatrixOperands*(&lanes)[32]) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t x[8][8];
@@ -322,10 +325,10 @@ inline void ldmatrix(const char* what, uint32_t* r, const void* row, bool transp
     }
   });
 }
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* smem_row, EMULATOR_WHERE) {
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem_row, EMULATOR_WHERE) {
   ldmatrix("ldmatrix_x4", r, smem_row, false, where);
 }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* smem_row, EMULATOR_WHERE) {
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t smem_row, EMULATOR_WHERE) {
   ldmatrix("ldmatrix_x4_trans", r, smem_row, true, where);
 }
 
@@ -338,12 +341,18 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
                        });
 }
 
+// A kernel runs when those before it are done.
+inline void wait_for_earlier_kernels() {}
+inline void let_next_kernel_start() {}
+
 }  // namespace ptx
 
 // ---- launch.cuh ----
 
+enum class Start { kAfterOthers, kEarly };
+
 // Blocks run one after another, in a random order.
-template <typename... Params, typename... Args>
+template <Start kStart = Start::kAfterOthers, typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem_bytes, cudaStream_t,
             Args... args) {
   if (grid == 0) return;

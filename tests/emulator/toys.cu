@@ -1,9 +1,10 @@
 #include "toys.h"
 
 #include "cuda/block_scan.cuh"
-#include "cuda/expert_tiles.cuh"
+#include "cuda/items.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/row_tiles.cuh"
 
 namespace simple_moe::toys {
 namespace {
@@ -24,11 +25,12 @@ __global__ void gemm_kernel(const bf16* a, const bf16* b, float* out, int m, int
     const int row = thread / 2, column = thread % 2 * 8, k0 = step * 16;
     if (k0 < k) {
       const bool valid = row0 + row < m;
-      ptx::cp_async_16(&stage.a[row][column], a + (row0 + row) * k + k0 + column, valid);
+      ptx::cp_async_16(ptx::smem_address(&stage.a[row][column]), a + (row0 + row) * k + k0 + column,
+                       valid);
       if (row < 16) {
         const bf16* const source = b_is_k_by_n ? b + (k0 + row) * n + column0 + column
                                                : b + (column0 + row) * k + k0 + column;
-        ptx::cp_async_16(&stage.b[row][column], source, true);
+        ptx::cp_async_16(ptx::smem_address(&stage.b[row][column]), source, true);
       }
     }
     ptx::cp_async_commit();
@@ -41,11 +43,11 @@ __global__ void gemm_kernel(const bf16* a, const bf16* b, float* out, int m, int
     __syncthreads();  // all threads' copies have landed
     const Stage& stage = stages[step % 2];
     uint32_t fa[4], fb[4];
-    ptx::ldmatrix_x4(fa, &stage.a[warp * 16 + lane % 16][lane / 16 * 8]);
+    ptx::ldmatrix_x4(fa, ptx::smem_address(&stage.a[warp * 16 + lane % 16][lane / 16 * 8]));
     if (b_is_k_by_n) {
-      ptx::ldmatrix_x4_trans(fb, &stage.b[lane % 16][lane / 16 * 8]);
+      ptx::ldmatrix_x4_trans(fb, ptx::smem_address(&stage.b[lane % 16][lane / 16 * 8]));
     } else {
-      ptx::ldmatrix_x4(fb, &stage.b[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]);
+      ptx::ldmatrix_x4(fb, ptx::smem_address(&stage.b[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]));
     }
     ptx::mma_m16n8k16<bf16>(d[0], fa, fb[0], fb[1]);
     ptx::mma_m16n8k16<bf16>(d[1], fa, fb[2], fb[3]);
@@ -69,18 +71,21 @@ __global__ void scan_kernel(const int* x, int* out, int n) {
   if (i < n) out[i] = value;
 }
 
-using Tiles = ExpertTiles<64, 16>;
+constexpr int kTileRows = 16;
+using Tiles = RowTilesStorage<64>;  // so few threads that experts come in many windows
 
-__global__ void tiles_kernel(const int* expert_offsets, int* out, int64_t experts, int64_t rows,
-                             int64_t column_tiles) {
-  Tiles tiles(reinterpret_cast<Tiles::Storage*>(ptx::dynamic_smem()), expert_offsets, experts, rows,
-              column_tiles);
-  Tile tile;
-  for (int64_t number = blockIdx.x; tiles.find(number, tile); number += gridDim.x) {
+__global__ void lay_kernel(const GroupedGemm p) {
+  lay_row_tiles<64>(p.expert_offsets, p.experts, p.rows, p.row_tiles,
+                    *reinterpret_cast<Tiles*>(ptx::dynamic_smem()));
+}
+
+__global__ void tiles_kernel(const GroupedGemm p, int* out, int column_tiles) {
+  cuda::Items items(p, column_tiles);
+  cuda::Item item;
+  while (items.next(item)) {
     const int row = threadIdx.x;
-    if (row < tile.row_count) {
-      out[(tile.row_begin + row) * column_tiles + tile.column_tile] = tile.expert;
-    }
+    if (row < item.row_count)
+      out[(item.row_begin + row) * column_tiles + item.column_tile] = item.expert;
   }
 }
 
@@ -95,10 +100,15 @@ void scan(const int* x, int* out, int n) {
   launch(scan_kernel, 1, 1024, 32 * sizeof(int), nullptr, x, out, n);
 }
 
-void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows,
-           int64_t column_tiles) {
-  launch(tiles_kernel, device_info().sm_count, 64, sizeof(Tiles::Storage), nullptr, expert_offsets,
-         out, experts, rows, column_tiles);
+void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows, int column_tiles,
+           RowTile* row_tiles) {
+  GroupedGemm p{};
+  p.expert_offsets = expert_offsets;
+  p.experts = experts;
+  p.rows = rows;
+  p.row_tiles = {kTileRows, row_tiles};
+  launch(lay_kernel, 1, 64, sizeof(Tiles), nullptr, p);
+  launch(tiles_kernel, device_info().sm_count, kTileRows, 0, nullptr, p, out, column_tiles);
 }
 
 }  // namespace simple_moe::toys

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "params.h"
+
 namespace simple_moe {
 
 struct bf16;
@@ -16,8 +18,9 @@ void gemm(const bf16* a, const bf16* b, float* out, int m, int n, int k, bool b_
 void scan(const int* x, int* out, int n);
 
 // out[row][column tile]: the expert whose tile it is. Other rows are left alone.
-void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows,
-           int64_t column_tiles);
+// `row_tiles`: scratch, for rows / 16 + experts + 1 of them.
+void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows, int column_tiles,
+           RowTile* row_tiles);
 
 }  // namespace toys
 }  // namespace simple_moe

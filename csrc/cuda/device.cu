@@ -1,6 +1,6 @@
 #include "device.h"
 
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <charconv>
 #include <cstdlib>
@@ -23,30 +23,42 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// "sms=108,smem_kb=163", either of them alone too.
+// "sms=108,smem_kb=163,early_launch=0", or some of them.
 void override_with(std::string_view text, DeviceInfo& info) {
-  const auto value_of = [&](std::string_view field, std::string_view name) {
-    int value = 0;
-    const std::string_view digits = field.substr(name.size());
-    const auto [end, error] = std::from_chars(digits.begin(), digits.end(), value);
-    return error == std::errc() && end == digits.end() ? value : 0;
-  };
   for (std::string_view rest = text; !rest.empty();) {
     const std::string_view field = rest.substr(0, rest.find(','));
     rest.remove_prefix(field.size() + (field.size() < rest.size()));
-    const bool sms = field.starts_with("sms="), smem = field.starts_with("smem_kb=");
-    const int value = sms ? value_of(field, "sms=") : smem ? value_of(field, "smem_kb=") : 0;
-    if (value <= 0) {
-      throw std::runtime_error("simple_moe: SIMPLE_MOE_TEST_DEVICE is '" + std::string(text) +
-                               "', expected one like sms=108,smem_kb=163");
-    }
-    if (sms) {
+    const std::string_view name = field.substr(0, field.find('='));
+    const std::string_view digits = field.substr(name.size() + (name.size() < field.size()));
+    int value = 0;
+    const auto [end, error] = std::from_chars(digits.begin(), digits.end(), value);
+    const bool number = error == std::errc() && end == digits.end();
+    if (name == "early_launch" && number && value == 0) {
+      info.early_launch = false;
+    } else if (name == "sms" && number && value > 0) {
       info.sm_count = value;
-    } else {
+    } else if (name == "smem_kb" && number && value > 0) {
       info.smem_per_block = static_cast<size_t>(value) << 10;
       info.smem_per_sm = static_cast<size_t>(value + 1) << 10;  // CUDA keeps 1 KB for itself.
+    } else {
+      throw std::runtime_error("simple_moe: SIMPLE_MOE_TEST_DEVICE is '" + std::string(text) +
+                               "', expected one like sms=108,smem_kb=163,early_launch=0");
     }
   }
+}
+
+__global__ void probe_kernel() {}
+
+// The PTX version that the kernels running here were compiled for: 80 where the driver made them
+// from PTX for SM80, on whatever GPU.
+int compiled_for() {
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, probe_kernel);
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string("simple_moe: cudaFuncGetAttributes: ") +
+                             cudaGetErrorString(status));
+  }
+  return attributes.ptxVersion;
 }
 
 DeviceInfo ask(int device) {
@@ -58,7 +70,9 @@ DeviceInfo ask(int device) {
           static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)),
       .major = attribute(cudaDevAttrComputeCapabilityMajor, device),
       .minor = attribute(cudaDevAttrComputeCapabilityMinor, device),
+      .early_launch = false,
   };
+  info.early_launch = info.major >= 9 && compiled_for() >= 90;
   if (const char* text = std::getenv("SIMPLE_MOE_TEST_DEVICE")) override_with(text, info);
   return info;
 }

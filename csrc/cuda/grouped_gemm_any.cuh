@@ -1,0 +1,148 @@
+// grouped_gemm's kernel for what grouped_gemm.cuh can't take: any alignment and size, b with k as
+// its slow axis, a float32 output.
+//
+// Schedule: a persistent block walks its items. All 4 warps load and multiply (mma_tile.cuh), then
+// the accumulators pass through shared memory, so that the epilogue is a small rolled loop and the
+// rows are written 16 bytes a thread. Where the activation is gated, a tile's columns are half
+// gates and half ups of the same output columns: the first product never reaches memory.
+#pragma once
+
+#include "device.h"
+#include "epilogue.cuh"
+#include "items.cuh"
+#include "launch.cuh"
+#include "mma_tile.cuh"
+#include "primitives.h"
+
+namespace simple_moe::cuda {
+
+struct Alignment {
+  bool a, b, out;  // whether rows can be accessed 16 bytes at a time
+};
+
+// The row of `a` behind an output row.
+__device__ __forceinline__ int64_t source_row(const GroupedGemm& p, int64_t row) {
+  return p.source_rows ? p.source_rows[row] : row;
+}
+
+// The row of b behind a column of a tile, or -1 where there is none.
+template <int kCols>
+__device__ __forceinline__ int64_t weight_row(const GroupedGemm& p, int column_tile, int column) {
+  if (!is_gated(p.activation.kind)) {
+    const int64_t row = static_cast<int64_t>(column_tile) * kCols + column;
+    return row < p.n ? row : -1;
+  }
+  const bool up = column >= kCols / 2;
+  const int64_t output = static_cast<int64_t>(column_tile) * (kCols / 2) + column % (kCols / 2);
+  return output < p.n ? branch_row(p, output, up) : -1;
+}
+
+template <typename Product, typename Multiply>
+__device__ __forceinline__ void for_each_item(const GroupedGemm& p, bool out_aligned,
+                                              const Multiply& multiply) {
+  using Shape = typename Product::Shape;
+  ptx::wait_for_earlier_kernels();
+  ptx::let_next_kernel_start();
+  unsigned char* const smem = ptx::dynamic_smem();
+  Items items(p, column_tiles<Shape::kCols>(p));
+  Item item;
+  while (items.next(item)) {
+    Product product;
+    multiply(product, item, smem);
+    const int width = is_gated(p.activation.kind) ? Shape::kCols / 2 : Shape::kCols;
+    product.stage(smem, [&](int first, const float* staged) {
+      const int left = item.row_count - first;
+      const int rows = left < Shape::kStagedRows ? left : Shape::kStagedRows;
+      finish_rows(p, item.expert, item.row_begin + first, rows,
+                  static_cast<int64_t>(item.column_tile) * width, Shape::kCols, staged,
+                  Shape::kPitch, out_aligned);
+    });
+  }
+}
+
+// `kLineMajorB`: b's rows are contiguous along n, not along k (a transposed view).
+template <typename T, typename Shape, bool kLineMajorB>
+__global__ void __launch_bounds__(kMmaThreads, 2)
+    grouped_gemm_any_kernel(const GroupedGemm p, Alignment aligned) {
+  for_each_item<MmaTile<T, Shape>>(
+      p, aligned.out, [&](auto& product, const Item& item, unsigned char* smem) {
+        using A = KMajor<T, Shape::kRows, Shape::kDepth>;
+        A a;
+        a.k = p.k;
+        a.aligned = aligned.a;
+#pragma unroll
+        for (int pass = 0; pass < A::kPasses; ++pass) {
+          const int row = A::line(pass);
+          a.lines[pass] =
+              row < item.row_count
+                  ? static_cast<const T*>(p.a) + source_row(p, item.row_begin + row) * p.a_stride
+                  : nullptr;
+        }
+        const T* const weights = static_cast<const T*>(p.b) + item.expert * p.b_expert_stride;
+        if constexpr (kLineMajorB) {
+          // 8 columns of a tile are neighbours in memory, or every other one where gates and ups
+          // are interleaved.
+          using B = LineMajor<T, Shape::kCols, Shape::kDepth>;
+          const bool gated = is_gated(p.activation.kind);
+          const int64_t row = weight_row<Shape::kCols>(p, item.column_tile, B::first_line());
+          const int width = gated ? Shape::kCols / 2 : Shape::kCols;
+          const int64_t left =
+              p.n - static_cast<int64_t>(item.column_tile) * width - B::first_line() % width;
+          const int count = left < 0 ? 0 : (left < kVector ? static_cast<int>(left) : kVector);
+          const int64_t stride = gated && p.gate_layout == GateLayout::kInterleaved ? 2 : 1;
+          const B b{weights + (row < 0 ? 0 : row), p.b_col_stride, stride, count, p.k, aligned.b};
+          product.multiply(a, b, p.k, smem);
+        } else {
+          using B = KMajor<T, Shape::kCols, Shape::kDepth>;
+          B b;
+          b.k = p.k;
+          b.aligned = aligned.b;
+#pragma unroll
+          for (int pass = 0; pass < B::kPasses; ++pass) {
+            const int64_t row = weight_row<Shape::kCols>(p, item.column_tile, B::line(pass));
+            b.lines[pass] = row < 0 ? nullptr : weights + row * p.b_row_stride;
+          }
+          product.multiply(a, b, p.k, smem);
+        }
+      });
+}
+
+template <typename Shape, typename Kernel>
+void launch_any(Kernel kernel, const GroupedGemm& p, int threads, cudaStream_t stream) {
+  const DeviceInfo& device = device_info();
+  const int64_t blocks_per_sm = static_cast<int64_t>(device.smem_per_sm / (Shape::kBytes + 1024));
+  const int64_t resident = device.sm_count * (blocks_per_sm < 1 ? 1 : blocks_per_sm);
+  const int64_t items =
+      most_row_tiles(p.row_tiles.height, p.rows, p.experts) * column_tiles<Shape::kCols>(p);
+  const bool line_major = p.b_col_stride != 1;
+  bool b_aligned = rows_are_aligned(p.b, p.b_expert_stride, p.dtype) &&
+                   rows_are_aligned(p.b, line_major ? p.b_col_stride : p.b_row_stride, p.dtype);
+  if (line_major && is_gated(p.activation.kind)) {
+    b_aligned = b_aligned && p.n % kVector == 0 && p.gate_layout != GateLayout::kInterleaved;
+  }
+  const Alignment aligned{rows_are_aligned(p.a, p.a_stride, p.dtype), b_aligned,
+                          rows_are_aligned(p.out, p.out_stride, p.out_dtype)};
+  launch<Start::kEarly>(kernel, items < resident ? items : resident, threads, Shape::kBytes, stream,
+                        p, aligned);
+}
+
+template <typename T, bool kLineMajorB>
+void launch_any_shape(const GroupedGemm& p, cudaStream_t stream) {
+  // rows, columns, k and stages of a tile; rows of warps
+  using FewRows = TileShape<16, 128, 64, 4, 1>;
+  using SomeRows = TileShape<64, 128, 32, 4, 2>;
+  using ManyRows = TileShape<128, 128, 32, 4, 2>;
+  const auto launch_one = [&](auto shape) {
+    using Shape = decltype(shape);
+    launch_any<Shape>(grouped_gemm_any_kernel<T, Shape, kLineMajorB>, p, kMmaThreads, stream);
+  };
+  if (p.row_tiles.height <= FewRows::kRows) {
+    launch_one(FewRows());
+  } else if (p.row_tiles.height <= SomeRows::kRows) {
+    launch_one(SomeRows());
+  } else {
+    launch_one(ManyRows());
+  }
+}
+
+}  // namespace simple_moe::cuda

@@ -1,9 +1,0 @@
-#include "grouped_gemm.cuh"
-
-namespace simple_moe::cuda {
-
-void grouped_gemm_bf16_line_major(const GroupedGemm& p, cudaStream_t stream) {
-  grouped_gemm_mma<bf16, true>(p, stream);
-}
-
-}  // namespace simple_moe::cuda

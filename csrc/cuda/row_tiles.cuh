@@ -1,0 +1,68 @@
+// The experts' row tiles from their offsets, by one block: no host ever learns the routing.
+//
+// Schedule: a thread takes an expert. Two scans over the block, of the offsets' running maximum and
+// of the experts' numbers of tiles, then every thread writes tiles: it finds a tile's expert by
+// bisection, so that one expert with all the rows takes no longer. More experts than threads come
+// in windows, one after another.
+#pragma once
+
+#include "block_scan.cuh"
+#include "params.h"
+
+namespace simple_moe {
+
+template <int kThreads>
+struct RowTilesStorage {
+  int begin[kThreads], end[kThreads];  // rows of an expert of this window
+  int tiles_before[kThreads];          // in this window
+  int warp_totals[kThreads / 32];
+};
+
+// All threads of the block. Offsets from outside may be malformed: they are clamped to [0, rows]
+// and made monotonic by a running maximum, so that no row is read out of bounds or belongs to two
+// experts.
+template <int kThreads>
+__device__ __forceinline__ void lay_row_tiles(const int32_t* offsets, int64_t experts, int64_t rows,
+                                              const RowTiles& tiles, RowTilesStorage<kThreads>& s) {
+  const int thread = threadIdx.x, height = tiles.height;
+  const auto clamped = [&](int64_t e) {
+    const int64_t offset = offsets[e];
+    return static_cast<int>(offset < 0 ? 0 : (offset > rows ? rows : offset));
+  };
+  int reached = clamped(0), tiles_before = 0;  // before this window
+  for (int64_t first = 0; first < experts; first += kThreads) {
+    const int64_t expert = first + thread;
+    int window_end, window_tiles;
+    const int offset = expert < experts ? clamped(expert + 1) : 0;
+    const int end = Max()(reached, block_scan<kThreads>(offset, Max(), s.warp_totals, window_end));
+    s.end[thread] = end;
+    __syncthreads();
+    const int begin = thread == 0 ? reached : s.end[thread - 1];
+    const int count = (end - begin + height - 1) / height;
+    s.begin[thread] = begin;
+    s.tiles_before[thread] =
+        block_scan<kThreads>(count, Sum(), s.warp_totals, window_tiles) - count;
+    __syncthreads();
+    for (int tile = thread; tile < window_tiles; tile += kThreads) {
+      int low = 0, high = kThreads;  // The last expert with tiles_before[low] <= tile.
+      while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (s.tiles_before[middle] <= tile) {
+          low = middle;
+        } else {
+          high = middle;
+        }
+      }
+      const int row = s.begin[low] + (tile - s.tiles_before[low]) * height;
+      const int left = s.end[low] - row;
+      tiles.data[1 + tiles_before + tile] = {static_cast<int32_t>(first + low), row,
+                                             left < height ? left : height, 0};
+    }
+    __syncthreads();  // before the next window writes
+    reached = Max()(reached, window_end);
+    tiles_before += window_tiles;
+  }
+  if (thread == 0) tiles.data[0] = {0, 0, tiles_before, 0};
+}
+
+}  // namespace simple_moe
