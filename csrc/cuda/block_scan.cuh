@@ -1,4 +1,4 @@
-// An inclusive scan over a block.
+// Inclusive scans over a warp and over a block.
 #pragma once
 
 #include "ptx.cuh"
@@ -12,22 +12,29 @@ struct Max {
   __device__ __forceinline__ int operator()(int a, int b) const { return a > b ? a : b; }
 };
 
-// For an `op` whose identity is 0 (non-negative values). All threads must come; `warp_totals`
-// [kThreads / 32] is shared memory that nobody else touches meanwhile. `total` gets the scan of the
-// whole block, in every thread.
-template <int kThreads, typename Op>
-__device__ __forceinline__ int block_scan(int value, Op op, int* warp_totals, int& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+template <typename Op>
+__device__ __forceinline__ int warp_scan(int value, Op op) {
   for (int distance = 1; distance < 32; distance *= 2) {
     const int other = __shfl_up_sync(0xffffffffu, value, distance);
-    if (lane >= distance) value = op(value, other);
+    if (static_cast<int>(threadIdx.x % 32) >= distance) value = op(value, other);
   }
+  return value;
+}
+
+// For an `op` whose identity is 0 (non-negative values). All threads of the block must come;
+// `warp_totals`, one a warp, is shared memory that nobody else touches meanwhile. `total` gets the
+// scan of the whole block, in every thread.
+template <typename Op>
+__device__ __forceinline__ int block_scan(int value, Op op, int* warp_totals, int& total) {
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  value = warp_scan(value, op);
   __syncthreads();  // the last scan's readers are done
-  if (lane == 31) warp_totals[warp] = value;
+  if (threadIdx.x % 32 == 31) warp_totals[warp] = value;
   __syncthreads();
   int before = 0;
   total = 0;
-  for (int w = 0; w < kThreads / 32; ++w) {
+#pragma unroll 4
+  for (int w = 0; w < warps; ++w) {
     if (w < warp) before = op(before, warp_totals[w]);
     total = op(total, warp_totals[w]);
   }

@@ -42,9 +42,9 @@ struct GemmShape {
   // Lines that all threads copy at once.
   static constexpr int kPass = kThreads / kVectors;
   static constexpr int kPassesA = (kRows + kPass - 1) / kPass, kPassesB = kCols / kPass;
-  // A warp's accumulators are finished so many rows at a time.
-  static constexpr int kStagedRows = kI == 1 ? 16 : 8;
-  static constexpr int kStagedBytes = kStagedRows * kColsOfWarp * 4;
+  // 16 rows of a warp's output, staged so as to be written 16 bytes a thread.
+  static constexpr int kStagedPitch = (kColsOfWarp + kVector) * 2;
+  static constexpr int kStagedBytes = 16 * kStagedPitch;
   // Items whose copies have begun and whose products have not ended, from the copier to the others.
   static constexpr int kQueue = kStages + 2;
   static constexpr int kQueueAt = kStages * kSlotBytes + kWarpRows * kWarpCols * kStagedBytes;
@@ -231,57 +231,54 @@ class WarpTile {
     }
   }
 
-  // Activation, routing weight, rounding, kStagedRows at a time through `staged`, this warp's own:
-  // a rolled loop that holds few registers. `weights`: of the warp's rows `lane` and `lane` + 32.
+  // Activation, routing weight, rounding, 16 rows and kPart groups of 8 columns at a time, through
+  // `staged`, this warp's own. `weights`: of the warp's rows `lane` and `lane` + 32.
   __device__ void finish(const GroupedGemm& p, const Item& item, const float (&weights)[2],
                          unsigned char* staged) const {
-    constexpr int kEights = Shape::kStagedRows / 8;
     const bool gated = is_gated(p.activation.kind);
-    const int chunks = gated ? 4 : 2;  // of 4 floats, that 8 outputs are made of
-    const int vectors = 2 * kJ / chunks;
-    const int first_column = (item.column_tile * Shape::kCols + column()) / (gated ? 2 : 1);
     const ActivationScalars scalars = scalars_of(p.activation, item.expert);
 #pragma unroll 1
-    for (int part = 0; part < 2 * kI / kEights; ++part) {
-      const int first_row = row() + part * Shape::kStagedRows;
-      if (first_row >= item.row_count) break;
-      float weight[kEights];
+    for (int i = 0; i < kI; ++i) {
+      if (row() + i * 16 >= item.row_count) break;
+      float weight[2];
 #pragma unroll
-      for (int eight = 0; eight < kEights; ++eight) {
-        const int in_warp = (part * kEights + eight) * 8 + threadIdx.x % 8;
-        weight[eight] =
+      for (int half = 0; half < 2; ++half) {
+        const int in_warp = i * 16 + half * 8 + threadIdx.x % 32 / 4;
+        weight[half] =
             __shfl_sync(0xffffffffu, in_warp < 32 ? weights[0] : weights[1], in_warp % 32);
       }
-      // No index of an array in registers may be a variable.
+#pragma unroll 1
+      for (int part = 0; part < kJ / kPart; ++part) {
+        float values[kPart][4];
 #pragma unroll
-      for (int eight = 0; eight < 2 * kI; ++eight) {
-        if (eight / kEights == part) stage(eight, staged);
+        for (int ii = 0; ii < kI; ++ii) {  // No index of an array in registers may be a variable.
+#pragma unroll
+          for (int pp = 0; pp < kJ / kPart; ++pp) {
+            if (ii == i && pp == part) copy_part(ii, pp, values);
+          }
+        }
+        if (gated) {
+          float gate[kPart / 2][4], up[kPart / 2][4];
+#pragma unroll
+          for (int j = 0; j < kPart / 2; ++j) {
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+              gate[j][q] = values[2 * j][q];
+              up[j][q] = values[2 * j + 1][q];
+            }
+          }
+          activate<kPart * 2>(p.activation.kind, scalars, &gate[0][0], &up[0][0]);
+          stage<kPart / 2>(part, gate, weight, staged);
+        } else {
+          activate<kPart * 4>(p.activation.kind, scalars, &values[0][0], nullptr);
+          stage<kPart>(part, values, weight, staged);
+        }
       }
       __syncwarp();
-#pragma unroll 1
-      for (int i = threadIdx.x % 32 / 8; i < kEights * vectors; i += 4) {
-        const int eight = i / vectors, vector = i % vectors;
-        const int staged_row = eight * 8 + threadIdx.x % 8;
-        const int column = first_column + vector * kVector;
-        if (first_row + staged_row >= item.row_count || column >= p.n) continue;
-        float gate[kVector], up[kVector];
-        const auto read = [&](float (&values)[kVector], int chunk) {
-#pragma unroll
-          for (int j = 0; j < kVector; j += 4) {
-            const float4 four = *reinterpret_cast<const float4*>(
-                staged + staged_place(staged_row, vector * chunks + chunk + j / 4));
-            values[j] = four.x, values[j + 1] = four.y;
-            values[j + 2] = four.z, values[j + 3] = four.w;
-          }
-        };
-        read(gate, 0);
-        if (gated) read(up, 2);
-        activate<kVector>(p.activation.kind, scalars, gate, up);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) gate[j] *= eight == 0 ? weight[0] : weight[kEights - 1];
-        T* const out = static_cast<T*>(p.out) +
-                       (item.row_begin + first_row + staged_row) * p.out_stride + column;
-        store_vector(out, kVector, true, gate);
+      if (gated) {
+        store<kJ / 2>(p, item, i, staged);
+      } else {
+        store<kJ>(p, item, i, staged);
       }
       __syncwarp();
     }
@@ -312,24 +309,49 @@ class WarpTile {
     }
   }
 
-  // The warp's rows 8 * eight ...
-  __device__ void stage(int eight, unsigned char* staged) const {
-    const int lane = threadIdx.x % 32;
+  static constexpr int kPart = kJ < 4 ? kJ : 4;
+
+  __device__ void copy_part(int i, int part, float (&values)[kPart][4]) const {
 #pragma unroll
-    for (int j = 0; j < kJ; ++j) {
-      float2* const to = reinterpret_cast<float2*>(
-          staged +
-          staged_place(eight % (Shape::kStagedRows / 8) * 8 + lane / 4, j * 2 + lane % 4 / 2) +
-          lane % 2 * 8);
-      *to = make_float2(acc_[eight / 2][j][eight % 2 * 2], acc_[eight / 2][j][eight % 2 * 2 + 1]);
+    for (int j = 0; j < kPart; ++j) {
+#pragma unroll
+      for (int q = 0; q < 4; ++q) values[j][q] = acc_[i][part * kPart + j][q];
     }
   }
 
-  // Where 4 floats of a staged row lie: permuted, so that neither writing fragments nor reading
-  // whole vectors meets a bank twice.
-  __device__ static int staged_place(int row, int chunk) {
-    constexpr int kChunks = Shape::kColsOfWarp / 4;
-    return (row * kChunks + (chunk ^ ((row % 4 * 2 + row / 4 % 2) % kChunks))) * 16;
+  // A part's kGroups groups of 8 columns, each its 16 bytes of a staged row.
+  template <int kGroups>
+  __device__ static void stage(int part, const float (&values)[kGroups][4],
+                               const float (&weight)[2], unsigned char* staged) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const T low = ptx::from_float<T>(values[j][2 * half] * weight[half]);
+        const T high = ptx::from_float<T>(values[j][2 * half + 1] * weight[half]);
+        *reinterpret_cast<uint32_t*>(staged + (half * 8 + lane / 4) * Shape::kStagedPitch +
+                                     (part * kGroups + j) * 16 + lane % 4 * 4) =
+            static_cast<uint32_t>(high.bits) << 16 | low.bits;
+      }
+    }
+  }
+
+  // The staged rows, kGroups groups of 8 columns each, as the warp's rows 16 * i ...
+  template <int kGroups>
+  __device__ static void store(const GroupedGemm& p, const Item& item, int i,
+                               const unsigned char* staged) {
+    const int first_column = (item.column_tile * Shape::kCols + column()) * kGroups / kJ;
+#pragma unroll
+    for (int v = threadIdx.x % 32; v < 16 * kGroups; v += 32) {
+      const int row_of_tile = row() + i * 16 + v / kGroups;
+      const int column = first_column + v % kGroups * kVector;
+      if (row_of_tile < item.row_count && column < p.n) {
+        const int64_t to = (item.row_begin + row_of_tile) * p.out_stride + column;
+        *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to) = *reinterpret_cast<const uint4*>(
+            staged + v / kGroups * Shape::kStagedPitch + v % kGroups * 16);
+      }
+    }
   }
 
   float acc_[kI][kJ][4];

@@ -31,7 +31,7 @@ __device__ __forceinline__ void find_rows(const GroupedGemmWgrad& p, int* warp_t
     upto = Max()(upto, static_cast<int>(clamped));
   }
   int begin;
-  block_scan<kThreads>(upto, Max(), warp_totals, begin);
+  block_scan(upto, Max(), warp_totals, begin);
   const int64_t end = p.expert_offsets[tile.expert + 1];
   tile.first_row = begin;
   tile.rows = (end > p.rows ? p.rows : end) - begin;

@@ -34,14 +34,13 @@ __device__ __forceinline__ void lay_row_tiles(const int32_t* offsets, int64_t ex
     const int64_t expert = first + thread;
     int window_end, window_tiles;
     const int offset = expert < experts ? clamped(expert + 1) : 0;
-    const int end = Max()(reached, block_scan<kThreads>(offset, Max(), s.warp_totals, window_end));
+    const int end = Max()(reached, block_scan(offset, Max(), s.warp_totals, window_end));
     s.end[thread] = end;
     __syncthreads();
     const int begin = thread == 0 ? reached : s.end[thread - 1];
     const int count = (end - begin + height - 1) / height;
     s.begin[thread] = begin;
-    s.tiles_before[thread] =
-        block_scan<kThreads>(count, Sum(), s.warp_totals, window_tiles) - count;
+    s.tiles_before[thread] = block_scan(count, Sum(), s.warp_totals, window_tiles) - count;
     __syncthreads();
     for (int tile = thread; tile < window_tiles; tile += kThreads) {
       int low = 0, high = kThreads;  // The last expert with tiles_before[low] <= tile.

@@ -1,13 +1,15 @@
 // sort_by_expert: a stable counting sort of the slots by local expert.
 //
 // The slots are cut into chunks, in order; one warp takes one chunk:
-//   count    warp: how many slots of its chunk each expert gets     -> counts[chunk][expert]
-//   sum      block: over the chunks of each expert, then over the experts -> expert_offsets;
-//            counts[chunk][expert] becomes the chunk's first place within the expert
+//   count    warp: how many slots of its chunk each expert gets
+//   sum      over the chunks of each expert, then over the experts: where each begins
 //   scatter  warp: 32 slots at a time, in order; lanes of one expert take consecutive places
 // The bin after the last expert takes the slots whose expert is not held here. Whoever sums lays
-// the row tiles out too, where they are wanted. Few slots: all three in one block, counts in shared
-// memory. Many: a kernel each, counts in global memory.
+// the row tiles out too, where they are wanted.
+//
+// Few slots: all three in one block, everything between them in registers and shared memory, so
+// that the latency of memory is paid once. Many: a kernel each, counts in global memory
+// [bin][chunk]; a block sums, a warp a bin.
 #include "block_scan.cuh"
 #include "device.h"
 #include "floats.cuh"
@@ -18,23 +20,26 @@
 namespace simple_moe::cuda {
 namespace {
 
-constexpr int kBlock = 1024;     // threads of a block that sums
+constexpr int kBlock = 1024;  // threads of a block that sums
+constexpr int kMaxWarps = kBlock / 32;
 constexpr int kWarpsAtOnce = 8;  // warps of a block that only counts or scatters
-constexpr int kMaxChunks = 256;  // of the three kernels; also bounds the scratch
-constexpr int64_t kOneBlockSlots = 8192;
+constexpr int kMaxChunks = 128;  // of the three kernels; also bounds the scratch
+constexpr int kSlotsOfLane = 8;  // in registers, of the one block
+constexpr int64_t kOneBlockSlots = kBlock * kSlotsOfLane;
+constexpr unsigned kAll = 0xffffffffu;
 
 struct Chunks {
   int count;
-  int64_t length;  // slots of each but the last
+  int64_t length;  // slots of each but the last, a multiple of 32
 };
 
-__device__ __forceinline__ int64_t bin_of(const SortByExpert& p, int64_t slot) {
+__device__ __forceinline__ int bin_of(const SortByExpert& p, int64_t slot) {
   const int64_t id = p.ids_are_int64 ? static_cast<const int64_t*>(p.topk_ids)[slot]
                                      : static_cast<const int32_t*>(p.topk_ids)[slot];
   // Compared before the subtraction, which might overflow.
-  if (id < p.expert_offset) return p.experts;
+  if (id < p.expert_offset) return static_cast<int>(p.experts);
   const uint64_t local = static_cast<uint64_t>(id) - static_cast<uint64_t>(p.expert_offset);
-  return local < static_cast<uint64_t>(p.experts) ? static_cast<int64_t>(local) : p.experts;
+  return static_cast<int>(local < static_cast<uint64_t>(p.experts) ? local : p.experts);
 }
 
 __device__ __forceinline__ int64_t end_of_chunk(const SortByExpert& p, Chunks chunks, int chunk) {
@@ -42,108 +47,192 @@ __device__ __forceinline__ int64_t end_of_chunk(const SortByExpert& p, Chunks ch
   return end < p.slots ? end : p.slots;
 }
 
-__device__ void count_chunk(const SortByExpert& p, Chunks chunks, int chunk, int32_t* counts) {
-  const int lane = threadIdx.x % 32;
-  for (int64_t bin = lane; bin <= p.experts; bin += 32) counts[bin] = 0;
+// A warp's 32 slots, in order: those of one bin to consecutive places, from begin(bin) + count(bin)
+// on, the slots before these.
+template <typename Begin, typename Count>
+__device__ __forceinline__ void scatter(const SortByExpert& p, int64_t slot, int bin, float weight,
+                                        const Begin& begin, const Count& count) {
+  const unsigned peers = __match_any_sync(kAll, bin);
+  const int rank = __popc(peers & ((1u << threadIdx.x % 32) - 1));
+  if (bin >= 0) {
+    const int place = begin(bin) + count(bin) + rank;
+    if (p.sorted_slots) p.sorted_slots[place] = static_cast<int32_t>(slot);
+    if (p.slot_rows) p.slot_rows[slot] = bin < p.experts ? place : -1;
+    if (p.source_rows) {
+      p.source_rows[place] = static_cast<int32_t>(slot / p.topk);
+      p.row_weights[place] = weight;
+    }
+  }
+  __syncwarp();  // all have read the count
+  if (bin >= 0 && rank == 0) count(bin) += __popc(peers);
   __syncwarp();
-  for (int64_t slot = chunk * chunks.length + lane; slot < end_of_chunk(p, chunks, chunk);
-       slot += 32) {
-    atomicAdd(&counts[bin_of(p, slot)], 1);
-  }
 }
 
-// All of the block. `counts`: [chunks][experts + 1].
-__device__ void sum_counts(const SortByExpert& p, Chunks chunks, int32_t* counts,
-                           int* warp_totals) {
-  const int64_t bins = p.experts + 1;
-  int before = 0;  // slots of the bins before this round's
-  for (int64_t first = 0; first < bins; first += kBlock) {
-    const int64_t bin = first + threadIdx.x;
-    int in_bin = 0;
-    if (bin < bins) {
-#pragma unroll 8
-      for (int chunk = 0; chunk < chunks.count; ++chunk) {
-        const int here = counts[chunk * bins + bin];
-        counts[chunk * bins + bin] = in_bin;
-        in_bin += here;
-      }
-    }
-    int in_round;
-    const int upto = block_scan<kBlock>(in_bin, Sum(), warp_totals, in_round);
-    if (bin < bins) p.expert_offsets[bin] = before + upto - in_bin;
-    before += in_round;
-  }
-}
+// ---- few slots ----
 
-// All of the block that wrote the offsets.
-__device__ void lay_row_tiles(const SortByExpert& p, int* smem) {
-  if (p.row_tiles.height == 0) return;
-  __syncthreads();  // the offsets are written, `smem` is free
-  lay_row_tiles<kBlock>(p.expert_offsets, p.experts, p.slots, p.row_tiles,
-                        *reinterpret_cast<RowTilesStorage<kBlock>*>(smem));
-}
+// Both sums of a bin at once: slots in the low half, row tiles in the high one.
+constexpr int kHalf = 16;
+static_assert(kOneBlockSlots < 1 << (kHalf - 1));
 
-__device__ void scatter_chunk(const SortByExpert& p, Chunks chunks, int chunk, int32_t* counts) {
-  const int lane = threadIdx.x % 32;
-  const int64_t end = end_of_chunk(p, chunks, chunk);
-  for (int64_t first = chunk * chunks.length; first < end; first += 32) {
-    const int64_t slot = first + lane;
-    const bool valid = slot < end;
-    const int bin = valid ? static_cast<int>(bin_of(p, slot)) : -1;
-    const unsigned peers = __match_any_sync(0xffffffffu, bin);
-    const int rank = __popc(peers & ((1u << lane) - 1));
-    if (valid) {
-      const int place = p.expert_offsets[bin] + counts[bin] + rank;
-      if (p.sorted_slots) p.sorted_slots[place] = static_cast<int32_t>(slot);
-      if (p.slot_rows) p.slot_rows[slot] = bin < p.experts ? place : -1;
-      if (p.source_rows) {
-        p.source_rows[place] = static_cast<int32_t>(slot / p.topk);
-        p.row_weights[place] = load_float(p.topk_weights, slot);
-      }
-    }
-    __syncwarp();  // all have read the count
-    if (valid && rank == 0) counts[bin] += __popc(peers);
-    __syncwarp();
-  }
-}
-
+// Shared memory: counts [chunks][bins], begin [bins], a block scan's totals.
 __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chunks chunks) {
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
-  int* const warp_totals = reinterpret_cast<int*>(ptx::dynamic_smem());
-  int32_t* const counts = warp_totals + 32;
+  const int bins = static_cast<int>(p.experts) + 1, lane = threadIdx.x % 32;
   const int chunk = threadIdx.x / 32;
-  int32_t* const own = counts + chunk * (p.experts + 1);
-  if (chunk < chunks.count) count_chunk(p, chunks, chunk, own);
+  int32_t* const counts = reinterpret_cast<int32_t*>(ptx::dynamic_smem());
+  int32_t* const own = counts + chunk * bins;
+  int32_t* const begin = counts + chunks.count * bins;
+  int* const totals = begin + bins;
+  const int64_t first = chunk * chunks.length + lane;
+  const int64_t end = chunk < chunks.count ? end_of_chunk(p, chunks, chunk) : 0;
+  int bin[kSlotsOfLane];
+  float weight[kSlotsOfLane];
+#pragma unroll
+  for (int i = 0; i < kSlotsOfLane; ++i) {
+    const int64_t slot = first + 32 * i;
+    bin[i] = slot < end ? bin_of(p, slot) : -1;
+    weight[i] = slot < end && p.source_rows ? load_float(p.topk_weights, slot) : 0.0f;
+  }
+  if (chunk < chunks.count) {
+    for (int b = lane; b < bins; b += 32) own[b] = 0;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kSlotsOfLane; ++i) {
+      if (bin[i] >= 0) atomicAdd(&own[bin[i]], 1);
+    }
+  }
   __syncthreads();
-  sum_counts(p, chunks, counts, warp_totals);
+
+  int before = 0;  // of the bins before this round's
+  const int height = p.row_tiles.height;
+  for (int round = 0; round < bins; round += blockDim.x) {
+    const int b = round + threadIdx.x;
+    int slots = 0;
+    if (b < bins) {
+#pragma unroll 8
+      for (int c = 0; c < chunks.count; ++c) {
+        const int here = counts[c * bins + b];
+        counts[c * bins + b] = slots;
+        slots += here;
+      }
+    }
+    const int tiles = height > 0 && b < p.experts ? (slots + height - 1) / height : 0;
+    int of_round;
+    const int both = tiles << kHalf | slots;
+    const int upto = before + block_scan(both, Sum(), totals, of_round) - both;
+    if (b < bins) {
+      begin[b] = upto & ((1 << kHalf) - 1);
+      p.expert_offsets[b] = begin[b];
+      for (int t = 0; t < tiles; ++t) {
+        const int left = slots - t * height;
+        p.row_tiles.data[1 + (upto >> kHalf) + t] = {b, begin[b] + t * height,
+                                                     left < height ? left : height, 0};
+      }
+    }
+    before += of_round;
+  }
+  if (height > 0 && threadIdx.x == 0) p.row_tiles.data[0] = {0, 0, before >> kHalf, 0};
   __syncthreads();
-  if (chunk < chunks.count) scatter_chunk(p, chunks, chunk, own);
-  lay_row_tiles(p, warp_totals);
+
+#pragma unroll
+  for (int i = 0; i < kSlotsOfLane; ++i) {
+    if (chunk < chunks.count && i * 32 < chunks.length) {
+      scatter(
+          p, first + 32 * i, bin[i], weight[i], [&](int b) { return begin[b]; },
+          [&](int b) -> int32_t& { return own[b]; });
+    }
+  }
 }
+
+// ---- many slots ----
 
 __global__ void __launch_bounds__(32 * kWarpsAtOnce)
     count_kernel(const SortByExpert p, Chunks chunks) {
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
-  const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32;
-  if (chunk < chunks.count) count_chunk(p, chunks, chunk, p.counts + chunk * (p.experts + 1));
+  const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (chunk >= chunks.count) return;
+  for (int64_t bin = lane; bin <= p.experts; bin += 32) p.counts[bin * chunks.count + chunk] = 0;
+  __syncwarp();
+#pragma unroll 4
+  for (int64_t slot = chunk * chunks.length + lane; slot < end_of_chunk(p, chunks, chunk);
+       slot += 32) {
+    atomicAdd(&p.counts[static_cast<int64_t>(bin_of(p, slot)) * chunks.count + chunk], 1);
+  }
+}
+
+// A warp takes a bin: its counts become the places of the chunks within it.
+__device__ __forceinline__ int sum_bin(int32_t* counts, int chunks) {
+  const int lane = threadIdx.x % 32;
+  int in_bin = 0;
+  for (int first = 0; first < chunks; first += 32) {
+    const int here = first + lane < chunks ? counts[first + lane] : 0;
+    const int upto = warp_scan(here, Sum());
+    if (first + lane < chunks) counts[first + lane] = in_bin + upto - here;
+    in_bin += __shfl_sync(kAll, upto, 31);
+  }
+  return in_bin;
 }
 
 __global__ void __launch_bounds__(kBlock) sum_kernel(const SortByExpert p, Chunks chunks) {
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
-  int* const smem = reinterpret_cast<int*>(ptx::dynamic_smem());
-  sum_counts(p, chunks, p.counts, smem);
-  lay_row_tiles(p, smem);
+  int* const totals = reinterpret_cast<int*>(ptx::dynamic_smem());
+  const int64_t bins = p.experts + 1;
+#pragma unroll 4
+  for (int64_t bin = threadIdx.x / 32; bin < bins; bin += kMaxWarps) {
+    const int in_bin = sum_bin(p.counts + bin * chunks.count, chunks.count);
+    if (threadIdx.x % 32 == 0) p.expert_offsets[bin] = in_bin;
+  }
+  __syncthreads();
+  int before = 0;  // slots of the bins before this round's
+  for (int64_t first = 0; first < bins; first += kBlock) {
+    const int64_t bin = first + threadIdx.x;
+    const int in_bin = bin < bins ? p.expert_offsets[bin] : 0;
+    int in_round;
+    const int upto = block_scan(in_bin, Sum(), totals, in_round);
+    if (bin < bins) p.expert_offsets[bin] = before + upto - in_bin;
+    before += in_round;
+  }
+  if (p.row_tiles.height == 0) return;
+  __syncthreads();  // the offsets are written, the shared memory is free
+  lay_row_tiles<kBlock>(p.expert_offsets, p.experts, p.slots, p.row_tiles,
+                        *reinterpret_cast<RowTilesStorage<kBlock>*>(totals));
 }
 
+// `in_smem`: whether a warp's counts are kept in shared memory, [warps][bins].
 __global__ void __launch_bounds__(32 * kWarpsAtOnce)
-    scatter_kernel(const SortByExpert p, Chunks chunks) {
+    scatter_kernel(const SortByExpert p, Chunks chunks, bool in_smem) {
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
-  const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32;
-  if (chunk < chunks.count) scatter_chunk(p, chunks, chunk, p.counts + chunk * (p.experts + 1));
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int chunk = blockIdx.x * kWarpsAtOnce + warp;
+  if (chunk >= chunks.count) return;
+  const int64_t bins = p.experts + 1;
+  // Where the next slot of each bin goes.
+  int32_t* const places = reinterpret_cast<int32_t*>(ptx::dynamic_smem()) + warp * bins;
+  for (int64_t bin = lane; in_smem && bin < bins; bin += 32) {
+    places[bin] = p.expert_offsets[bin] + p.counts[bin * chunks.count + chunk];
+  }
+  __syncwarp();
+  const int64_t end = end_of_chunk(p, chunks, chunk);
+  for (int64_t first = chunk * chunks.length; first < end; first += 32) {
+    const int64_t slot = first + lane;
+    const int bin = slot < end ? bin_of(p, slot) : -1;
+    const float weight = bin >= 0 && p.source_rows ? load_float(p.topk_weights, slot) : 0.0f;
+    if (in_smem) {
+      scatter(
+          p, slot, bin, weight, [](int) { return 0; },
+          [&](int b) -> int32_t& { return places[b]; });
+    } else {
+      scatter(
+          p, slot, bin, weight, [&](int b) { return p.expert_offsets[b]; },
+          [&](int b) -> int32_t& {
+            return p.counts[static_cast<int64_t>(b) * chunks.count + chunk];
+          });
+    }
+  }
 }
 
 Chunks cut(int64_t slots, int64_t max_chunks) {
@@ -152,14 +241,14 @@ Chunks cut(int64_t slots, int64_t max_chunks) {
   return {static_cast<int>(count), ((slots + count - 1) / count + 31) / 32 * 32};
 }
 
-size_t one_block_smem(Chunks chunks, int64_t experts) {
-  const size_t counts = sizeof(int32_t) * (32 + chunks.count * static_cast<size_t>(experts + 1));
-  return counts > sizeof(RowTilesStorage<kBlock>) ? counts : sizeof(RowTilesStorage<kBlock>);
+// Of the one block.
+size_t sort_smem(Chunks chunks, int64_t experts) {
+  return sizeof(int32_t) * (static_cast<size_t>(chunks.count + 1) * (experts + 1) + kMaxWarps);
 }
 
 bool fits_one_block(int64_t slots, int64_t experts) {
   return slots <= kOneBlockSlots &&
-         one_block_smem(cut(slots, kBlock / 32), experts) <= device_info().smem_per_block;
+         sort_smem(cut(slots, kMaxWarps), experts) <= device_info().smem_per_block;
 }
 
 }  // namespace
@@ -170,16 +259,23 @@ int64_t sort_by_expert_counts(int64_t slots, int64_t experts) {
 
 void sort_by_expert(const SortByExpert& p, cudaStream_t stream) {
   if (fits_one_block(p.slots, p.experts)) {
-    const Chunks chunks = cut(p.slots, kBlock / 32);
-    launch<Start::kEarly>(sort_kernel, 1, kBlock, one_block_smem(chunks, p.experts), stream, p,
-                          chunks);
+    const Chunks chunks = cut(p.slots, kMaxWarps);
+    // A warp a chunk, and a thread a bin as far as there are threads.
+    const int64_t warps_of_bins = (p.experts + 32) / 32;
+    const int64_t warps = chunks.count > warps_of_bins ? chunks.count : warps_of_bins;
+    launch<Start::kEarly>(sort_kernel, 1,
+                          32 * static_cast<int>(warps < kMaxWarps ? warps : kMaxWarps),
+                          sort_smem(chunks, p.experts), stream, p, chunks);
     return;
   }
   const Chunks chunks = cut(p.slots, kMaxChunks);
   const int blocks = (chunks.count + kWarpsAtOnce - 1) / kWarpsAtOnce;
   launch<Start::kEarly>(count_kernel, blocks, 32 * kWarpsAtOnce, 0, stream, p, chunks);
   launch<Start::kEarly>(sum_kernel, 1, kBlock, sizeof(RowTilesStorage<kBlock>), stream, p, chunks);
-  launch<Start::kEarly>(scatter_kernel, blocks, 32 * kWarpsAtOnce, 0, stream, p, chunks);
+  const size_t places = sizeof(int32_t) * kWarpsAtOnce * static_cast<size_t>(p.experts + 1);
+  const bool in_smem = places <= 48 << 10 && places <= device_info().smem_per_block;
+  launch<Start::kEarly>(scatter_kernel, blocks, 32 * kWarpsAtOnce, in_smem ? places : 0, stream, p,
+                        chunks, in_smem);
 }
 
 }  // namespace simple_moe::cuda
