@@ -51,6 +51,7 @@ Tensor combine(const Tensor& expert_out, const Tensor& topk_weights, const Tenso
       .sorted_slots = const_int32_data(slots),
       .expert_offsets = const_int32_data(offsets),
       .experts = experts,
+      .only_rows_are_new = false,
       .out = out.mutable_data_ptr(),
   };
   place.combine(p);

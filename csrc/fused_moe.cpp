@@ -174,9 +174,10 @@ class Workspace {
  public:
   Workspace(const Place& place, const Layer& layer, int64_t tokens) {
     const int64_t slots = tokens * layer.topk, element = element_size(layer.dtype);
-    height_ = place.row_tile_height(layer.dtype, slots, layer.experts);
+    const int64_t columns = layer.hidden < layer.intermediate ? layer.hidden : layer.intermediate;
+    tiles_ = place.plan_row_tiles(layer.dtype, slots, layer.experts, columns);
     expert_offsets_ = add(4 * (layer.experts + 1));
-    row_tiles_ = add(place.row_tiles_bytes(height_, slots, layer.experts));
+    row_tiles_ = add((tiles_.most + 1) * static_cast<int64_t>(sizeof(RowTile)));
     counts_ = add(4 * place.sort_by_expert_counts(slots, layer.experts));
     source_rows_ = add(4 * slots);
     row_weights_ = add(4 * slots);
@@ -189,7 +190,11 @@ class Workspace {
   void use(const Tensor& memory) { memory_ = static_cast<char*>(memory.mutable_data_ptr()); }
 
   int32_t* expert_offsets() const { return at<int32_t>(expert_offsets_); }
-  RowTiles row_tiles() const { return {height_, at<RowTile>(row_tiles_)}; }
+  RowTiles row_tiles() const {
+    RowTiles tiles = tiles_;
+    tiles.data = at<RowTile>(row_tiles_);
+    return tiles;
+  }
   int32_t* counts() const { return at<int32_t>(counts_); }
   int32_t* source_rows() const { return at<int32_t>(source_rows_); }
   float* row_weights() const { return at<float>(row_weights_); }
@@ -208,7 +213,7 @@ class Workspace {
     return reinterpret_cast<T*>(memory_ + begin);
   }
 
-  int height_;
+  RowTiles tiles_;
   int64_t bytes_ = 0;
   int64_t expert_offsets_, row_tiles_, counts_, source_rows_, row_weights_, slot_rows_, h1_, h2_;
   char* memory_ = nullptr;
@@ -313,6 +318,7 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
       .sorted_slots = nullptr,
       .expert_offsets = nullptr,
       .experts = layer.experts,
+      .only_rows_are_new = true,
       .out = static_cast<char*>(out.mutable_data_ptr()) +
              first_token * layer.hidden * static_cast<int64_t>(element_size(out_dtype)),
   };

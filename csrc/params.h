@@ -79,9 +79,11 @@ struct alignas(16) RowTile {
   int32_t expert, begin, count, unused;
 };
 
-// Where to write the row tiles of all experts, in order. 0: nowhere.
+// The row tiles of all experts, in order.
 struct RowTiles {
-  int height = 0;  // the most rows of one
+  int height = 0;  // the most rows of one; 0: there are none
+  int group = 1;   // how many a sweep over the columns takes at once
+  int most = 0;    // how many there can be
   RowTile* data = nullptr;
 };
 
@@ -154,6 +156,8 @@ struct Combine {
   const int32_t* sorted_slots;    // null: slot_rows is filled already
   const int32_t* expert_offsets;  // with sorted_slots
   int64_t experts;
+  // Whether slot_rows were written before the kernel that writes expert_out started.
+  bool only_rows_are_new;
   void* out;  // [tokens, hidden], contiguous
 };
 

@@ -105,11 +105,12 @@ def test_toy_scan(emulator):
 
 
 @examples(25)
-@given(st.sampled_from([1, 8, 600]), st.integers(0, 120), st.integers(1, 3), OFFSETS, SEEDS,
-       MACHINES)  # fmt: skip
-def test_toy_tiles(emulator, experts, rows, column_tiles, kind, seed, machine):
+@given(st.sampled_from([1, 8, 600]), st.integers(0, 120), st.integers(1, 3),
+       st.sampled_from([1, 2, 16]), OFFSETS, SEEDS, MACHINES)  # fmt: skip
+def test_toy_tiles(emulator, experts, rows, column_tiles, group, kind, seed, machine):
     offsets = Random(seed).expert_offsets(experts, rows, kind)
-    out = twice(emulator.toy_tiles, offsets, rows=rows, column_tiles=column_tiles, **machine)
+    out = twice(emulator.toy_tiles, offsets, rows=rows, column_tiles=column_tiles, group=group,
+                **machine)  # fmt: skip
     expected = torch.full_like(out, -1)
     for e, of_expert in enumerate(reference.row_ranges(offsets, rows)):
         expected[of_expert] = e

@@ -2,8 +2,8 @@
 // floats.
 //
 // Schedule: a block takes one token and 8 columns a thread. Each thread walks the token's K slots
-// and reads 16 bytes of every row that is there; K reads are in flight at once where the compiler
-// unrolls. Before it, where sort_by_expert's slot_rows isn't at hand, two small kernels make it.
+// and reads 16 bytes of every row that is there, kAtOnce in flight. Before it, where
+// sort_by_expert's slot_rows isn't at hand, two small kernels make it.
 #include "device.h"
 #include "floats.cuh"
 #include "launch.cuh"
@@ -13,6 +13,7 @@ namespace simple_moe::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kAtOnce = 4;  // rows that a thread has in flight
 
 __global__ void __launch_bounds__(kThreads) clear_slot_rows_kernel(const Combine p) {
   const int64_t slot = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -35,28 +36,46 @@ __global__ void __launch_bounds__(kThreads) fill_slot_rows_kernel(const Combine 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const Combine p, int column_blocks, bool aligned_in, bool aligned_out) {
-  ptx::wait_for_earlier_kernels();
-  ptx::let_next_kernel_start();
+  if (!p.only_rows_are_new) ptx::wait_for_earlier_kernels();
   const int64_t token = blockIdx.x / column_blocks;
   const int column_block = blockIdx.x % column_blocks;
   const int64_t column = (static_cast<int64_t>(column_block) * blockDim.x + threadIdx.x) * kVector;
-  if (column >= p.hidden) return;
   const int64_t left = p.hidden - column;
   const int count = left < kVector ? static_cast<int>(left) : kVector;
-  const T* const rows = static_cast<const T*>(p.expert_out);
+  const T* const rows = static_cast<const T*>(p.expert_out) + column;
   float sums[kVector] = {};
-#pragma unroll 4
-  for (int k = 0; k < p.topk; ++k) {
-    const int64_t slot = token * p.topk + k;
-    const int64_t row = p.slot_rows[slot];
-    if (row < 0) continue;  // Not held here: its weight may be anything, NaN too.
-    const float weight = p.weights.data ? load_float(p.weights, slot) : 1.0f;
-    float values[kVector] = {};
-    load_vector(rows + row * p.expert_out_stride + column, count, aligned_in, values);
+  for (int first = 0; first < p.topk; first += kAtOnce) {
+    int64_t row[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) sums[i] += weight * values[i];
+    for (int i = 0; i < kAtOnce; ++i) {
+      row[i] = first + i < p.topk && count > 0 ? p.slot_rows[token * p.topk + first + i] : -1;
+    }
+    if (first == 0 && p.only_rows_are_new) ptx::wait_for_earlier_kernels();
+    float values[kAtOnce][kVector] = {};
+    if (aligned_in && count == kVector) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (row[i] >= 0) load_vector(rows + row[i] * p.expert_out_stride, kVector, true, values[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (row[i] >= 0) load_vector(rows + row[i] * p.expert_out_stride, count, false, values[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (row[i] < 0) continue;  // Not held here: its weight may be anything, NaN too.
+      const float weight =
+          p.weights.data ? load_float(p.weights, token * p.topk + first + i) : 1.0f;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) sums[j] += weight * values[i][j];
+    }
   }
-  store_vector(p.out, p.out_dtype, token * p.hidden + column, count, aligned_out, sums);
+  ptx::let_next_kernel_start();
+  if (count > 0) {
+    store_vector(p.out, p.out_dtype, token * p.hidden + column, count, aligned_out, sums);
+  }
 }
 
 }  // namespace

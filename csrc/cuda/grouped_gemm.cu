@@ -3,9 +3,7 @@
 #include "launch.cuh"
 #include "primitives.h"
 #include "row_tiles.cuh"
-#ifdef SIMPLE_MOE_TUNE
-#include <cstdlib>
-#endif
+#include "shapes.h"
 
 namespace simple_moe::cuda {
 
@@ -71,20 +69,14 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-// The tiles' height follows the mean number of rows of an expert: padding costs products, low tiles
-// cost reads of b.
-int row_tile_height(DType dtype, int64_t rows, int64_t experts) {
-  if (dtype == DType::kFloat32) return 64;
-#ifdef SIMPLE_MOE_TUNE
-  if (const char* h = getenv("TUNEH")) return atoi(h);
-#endif
-  const int64_t mean = rows / (rows < experts ? rows : experts);
-  return mean <= 12 ? 16 : (mean <= 24 ? 32 : (mean <= 64 ? 64 : 128));
-}
-
-int64_t most_row_tiles(int height, int64_t rows, int64_t experts) {
-  // No host knows the routing: every expert may end with a tile of its own.
-  return rows / height + (rows < experts ? rows : experts);
+RowTiles plan_row_tiles(DType dtype, int64_t rows, int64_t experts, int64_t columns) {
+  RowTiles tiles = plan_row_tiles(rows, experts, columns, device_info());
+  if (dtype == DType::kFloat32 && tiles.height > 64) {
+    // That kernel has tiles of one height. More of them than planned: the data is as long as most.
+    tiles.height = 64;
+    tiles.most = static_cast<int>(rows / 64 + (rows < experts ? rows : experts));
+  }
+  return tiles;
 }
 
 void row_tiles(const GroupedGemm& p, cudaStream_t stream) {

@@ -21,34 +21,30 @@
 #include "epilogue.cuh"
 #include "items.cuh"
 #include "launch.cuh"
-#include "primitives.h"
 #include "ptx.cuh"
+#include "shapes.h"
 
 namespace simple_moe::cuda {
 
-// A tile of kRows x kCols, warps in a grid of kWarpRows x kWarpCols, kBlocks blocks a
-// multiprocessor.
-template <int kRows_, int kCols_, int kDepth_, int kStages_, int kWarpRows_, int kWarpCols_,
-          int kBlocks_>
+// What follows from a shape.
+template <GemmTile kShape>
 struct GemmShape {
-  static constexpr int kRows = kRows_, kCols = kCols_, kDepth = kDepth_, kStages = kStages_;
-  static constexpr int kWarpRows = kWarpRows_, kWarpCols = kWarpCols_, kBlocks = kBlocks_;
-  static constexpr int kThreads = 32 * kWarpRows * kWarpCols;
+  static constexpr int kRows = kShape.rows, kCols = kShape.cols, kDepth = kShape.depth;
+  static constexpr int kStages = kShape.stages, kWarpRows = kShape.warp_rows;
+  static constexpr int kWarpCols = kShape.warp_cols, kThreads = 32 * kShape.warps();
+  static constexpr int kBlocks = kShape.blocks, kBytes = kShape.bytes(), kQueue = kShape.queue();
   static constexpr int kRowsOfWarp = kRows / kWarpRows, kColsOfWarp = kCols / kWarpCols;
   static constexpr int kI = kRowsOfWarp / 16, kJ = kColsOfWarp / 8;  // accumulators of 16 x 8
   static constexpr int kVectors = kDepth / kVector;                  // of a line
   static constexpr int kLineBytes = kDepth * 2;
-  static constexpr int kABytes = kRows * kLineBytes, kSlotBytes = kABytes + kCols * kLineBytes;
+  static constexpr int kABytes = kRows * kLineBytes, kSlotBytes = kShape.slot_bytes();
   // Lines that all threads copy at once.
   static constexpr int kPass = kThreads / kVectors;
   static constexpr int kPassesA = (kRows + kPass - 1) / kPass, kPassesB = kCols / kPass;
-  // 16 rows of a warp's output, staged so as to be written 16 bytes a thread.
-  static constexpr int kStagedPitch = (kColsOfWarp + kVector) * 2;
-  static constexpr int kStagedBytes = 16 * kStagedPitch;
-  // Items whose copies have begun and whose products have not ended, from the copier to the others.
-  static constexpr int kQueue = kStages + 2;
-  static constexpr int kQueueAt = kStages * kSlotBytes + kWarpRows * kWarpCols * kStagedBytes;
-  static constexpr int kBytes = kQueueAt + kQueue * static_cast<int>(sizeof(Item));
+  static constexpr int kStagedBytes = kShape.staged_bytes();
+  static constexpr int kStagedPitch = kStagedBytes / 16;
+  static constexpr int kStagedAt = kStages * kSlotBytes;
+  static constexpr int kQueueAt = kStagedAt + kShape.warps() * kStagedBytes;
   static_assert(kRowsOfWarp % 16 == 0 && kColsOfWarp % 16 == 0, "fragments are 16 x 16");
   static_assert(kPass % 16 == 0 && kCols % kPass == 0, "a thread copies gates or ups, not both");
   static_assert(kDepth % 32 == 0, "fragments take turns in two sets of registers");
@@ -426,13 +422,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   if (!p.only_a_is_new) ptx::wait_for_earlier_kernels();
   unsigned char* const smem = ptx::dynamic_smem();
   const uint32_t ring = ptx::smem_address(smem);
-  unsigned char* const staged =
-      smem + Shape::kStages * Shape::kSlotBytes + threadIdx.x / 32 * Shape::kStagedBytes;
+  unsigned char* const staged = smem + Shape::kStagedAt + threadIdx.x / 32 * Shape::kStagedBytes;
   const int steps = static_cast<int>((p.k + Shape::kDepth - 1) / Shape::kDepth);
   Item* const queue = reinterpret_cast<Item*>(smem + Shape::kQueueAt);
-  Copier<Shape> copier(p, Items(p, column_tiles<Shape::kCols>(p)), queue);
-  // The weights don't wait for the kernel that writes `a`.
-  const bool weights_first = p.only_a_is_new && steps >= Shape::kStages - 1;
+  Copier<Shape> copier(p, Items(p, Shape::kCols), queue);
+  // The weights first: they wait neither for the kernel that writes `a` nor for the rows to be
+  // found.
+  const bool weights_first = steps >= Shape::kStages - 1;
 #pragma unroll 1
   for (int step = 0; weights_first && step < Shape::kStages - 1; ++step) {
     copier.template copy<Shape::kPassesA, copier.kPasses>(ring + step * Shape::kSlotBytes, step);
@@ -442,8 +438,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 #pragma unroll 1
   for (int step = 0; step < Shape::kStages - 1; ++step) {
     const uint32_t slot = ring + step * Shape::kSlotBytes;
-    copier.template copy<0, Shape::kPassesA>(slot);
     if (!weights_first) copier.template copy<Shape::kPassesA, copier.kPasses>(slot);
+    copier.template copy<0, Shape::kPassesA>(slot);
     copier.end_step();
   }
   ptx::cp_async_wait<Shape::kStages - 2>();
@@ -476,56 +472,30 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   }
 }
 
-template <typename T, typename Shape>
+template <typename T, GemmTile kShape>
 void launch_one(const GroupedGemm& p, cudaStream_t stream) {
-  const int64_t items =
-      most_row_tiles(p.row_tiles.height, p.rows, p.experts) * column_tiles<Shape::kCols>(p);
   const DeviceInfo& device = device_info();
-  const int64_t fit = static_cast<int64_t>(device.smem_per_sm / (Shape::kBytes + 1024));
-  const int64_t resident = device.sm_count * (fit < Shape::kBlocks ? fit : Shape::kBlocks);
-  launch<Start::kEarly>(grouped_gemm_kernel<T, Shape>, items < resident ? items : resident,
-                        Shape::kThreads, Shape::kBytes, stream, p);
+  const int64_t items =
+      p.row_tiles.most * column_tiles(p.n, is_gated(p.activation.kind), kShape.cols);
+  const int64_t fit = static_cast<int64_t>(device.smem_per_sm / (kShape.bytes() + 1024));
+  const int64_t resident = device.sm_count * (fit < kShape.blocks ? fit : kShape.blocks);
+  launch<Start::kEarly>(grouped_gemm_kernel<T, GemmShape<kShape>>,
+                        items < resident ? items : resident, 32 * kShape.warps(), kShape.bytes(),
+                        stream, p);
+}
+
+template <typename T, int kNumber = 0>
+void launch_shape(const GroupedGemm& p, int number, cudaStream_t stream) {
+  if constexpr (kNumber < kShapeCount) {
+    if (number == kNumber) return launch_one<T, kShapes[kNumber]>(p, stream);
+    launch_shape<T, kNumber + 1>(p, number, stream);
+  }
 }
 
 template <typename T>
-void launch_shape(const GroupedGemm& p, cudaStream_t stream) {
-#ifdef SIMPLE_MOE_TUNE
-  const char* env = getenv(p.only_a_is_new ? "TUNE2" : "TUNE1");
-  const int which = env ? atoi(env) : -1;
-  switch (which) {
-    case 0:
-      return launch_one<T, GemmShape<16, 64, 64, 6, 1, 4, 3>>(p, stream);
-    case 1:
-      return launch_one<T, GemmShape<16, 128, 64, 4, 1, 4, 3>>(p, stream);
-    case 2:
-      return launch_one<T, GemmShape<16, 128, 64, 5, 1, 4, 2>>(p, stream);
-    case 3:
-      return launch_one<T, GemmShape<32, 128, 64, 5, 1, 4, 2>>(p, stream);
-    case 4:
-      return launch_one<T, GemmShape<64, 128, 64, 4, 2, 2, 2>>(p, stream);
-    case 5:
-      return launch_one<T, GemmShape<64, 256, 64, 5, 2, 4, 1>>(p, stream);
-    case 6:
-      return launch_one<T, GemmShape<128, 256, 64, 4, 2, 4, 1>>(p, stream);
-    case 7:
-      return launch_one<T, GemmShape<128, 256, 32, 7, 2, 4, 1>>(p, stream);
-    case 8:
-      return launch_one<T, GemmShape<128, 128, 64, 3, 2, 2, 2>>(p, stream);
-    case 9:
-      return launch_one<T, GemmShape<256, 128, 64, 4, 4, 2, 1>>(p, stream);
-  }
-#endif
-  if (p.row_tiles.height <= 16) {
-    launch_one<T, GemmShape<16, 128, 64, 4, 1, 4, 3>>(p, stream);
-  } else if (p.row_tiles.height <= 32) {
-    launch_one<T, GemmShape<32, 128, 64, 4, 1, 4, 2>>(p, stream);
-  } else if (p.row_tiles.height <= 64) {
-    launch_one<T, GemmShape<64, 128, 64, 3, 2, 2, 2>>(p, stream);
-  } else if (device_info().smem_per_block >= GemmShape<128, 256, 64, 4, 2, 4, 1>::kBytes) {
-    launch_one<T, GemmShape<128, 256, 64, 4, 2, 4, 1>>(p, stream);
-  } else {
-    launch_one<T, GemmShape<128, 128, 32, 3, 2, 2, 1>>(p, stream);
-  }
+void launch_best_shape(const GroupedGemm& p, cudaStream_t stream) {
+  const ProductSize size{p.rows, p.experts, p.n, p.k, is_gated(p.activation.kind)};
+  launch_shape<T>(p, choose_shape(p.row_tiles, size, device_info()), stream);
 }
 
 }  // namespace simple_moe::cuda

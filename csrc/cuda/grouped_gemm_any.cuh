@@ -12,7 +12,7 @@
 #include "items.cuh"
 #include "launch.cuh"
 #include "mma_tile.cuh"
-#include "primitives.h"
+#include "shapes.h"
 
 namespace simple_moe::cuda {
 
@@ -44,7 +44,7 @@ __device__ __forceinline__ void for_each_item(const GroupedGemm& p, bool out_ali
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
   unsigned char* const smem = ptx::dynamic_smem();
-  Items items(p, column_tiles<Shape::kCols>(p));
+  Items items(p, Shape::kCols);
   Item item;
   while (items.next(item)) {
     Product product;
@@ -113,7 +113,7 @@ void launch_any(Kernel kernel, const GroupedGemm& p, int threads, cudaStream_t s
   const int64_t blocks_per_sm = static_cast<int64_t>(device.smem_per_sm / (Shape::kBytes + 1024));
   const int64_t resident = device.sm_count * (blocks_per_sm < 1 ? 1 : blocks_per_sm);
   const int64_t items =
-      most_row_tiles(p.row_tiles.height, p.rows, p.experts) * column_tiles<Shape::kCols>(p);
+      p.row_tiles.most * column_tiles(p.n, is_gated(p.activation.kind), Shape::kCols);
   const bool line_major = p.b_col_stride != 1;
   bool b_aligned = rows_are_aligned(p.b, p.b_expert_stride, p.dtype) &&
                    rows_are_aligned(p.b, line_major ? p.b_col_stride : p.b_row_stride, p.dtype);

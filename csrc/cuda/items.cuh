@@ -12,22 +12,16 @@ struct alignas(16) Item {
   int expert, row_begin, row_count, column_tile;
 };
 
-template <int kCols>
-__host__ __device__ __forceinline__ int column_tiles(const GroupedGemm& p) {
-  const int64_t width = is_gated(p.activation.kind) ? kCols / 2 : kCols;
-  return static_cast<int>((p.n + width - 1) / width);
-}
-
-// A block's share of the items: every gridDim.x-th, in column sweeps over kGroup row tiles, so that
-// the rows and the columns in flight stay in L2. The next one is read ahead.
+// A block's share of the items: every gridDim.x-th, in sweeps over the columns of a group of row
+// tiles, so that the rows and the columns in flight stay in L2. The next one is read ahead.
 class Items {
  public:
-  __device__ Items(const GroupedGemm& p, int column_tiles)
-      : tiles_(p.row_tiles.data),
-        column_tiles_(column_tiles),
-        row_tiles_(tiles_[0].count),
-        number_(blockIdx.x),
-        next_{} {
+  // Of `cols` columns each: half of them gates and half ups, where the activation is gated.
+  __device__ Items(const GroupedGemm& p, int cols)
+      : tiles_(p.row_tiles), number_(blockIdx.x), next_{} {
+    const int width = is_gated(p.activation.kind) ? cols / 2 : cols;
+    column_tiles_ = (static_cast<unsigned>(p.n) + width - 1) / width;
+    row_tiles_ = tiles_.data[0].count;
     read_ahead();
   }
 
@@ -41,18 +35,20 @@ class Items {
   }
 
  private:
-  static constexpr unsigned kGroup = 16;
-
   __device__ void read_ahead() {
-    if (number_ >= row_tiles_ * column_tiles_) return;
-    const unsigned first = number_ / (kGroup * column_tiles_) * kGroup;
+    const unsigned group = tiles_.group;
+    const unsigned first = number_ / (group * column_tiles_) * group;
     const unsigned in_group = number_ - first * column_tiles_;
-    const unsigned left = row_tiles_ - first, height = left < kGroup ? left : kGroup;
-    const RowTile rows = tiles_[1 + first + in_group % height];
+    unsigned height = group;
+    // Groups of one don't wait for the count.
+    if (group > 1 && first < row_tiles_ && row_tiles_ - first < group) height = row_tiles_ - first;
+    const unsigned row_tile = first + in_group % height;
+    if (row_tile >= static_cast<unsigned>(tiles_.most)) return;
+    const RowTile rows = tiles_.data[1 + row_tile];
     next_ = {rows.expert, rows.begin, rows.count, static_cast<int>(in_group / height)};
   }
 
-  const RowTile* tiles_;
+  const RowTiles& tiles_;
   unsigned column_tiles_, row_tiles_;
   unsigned number_;
   Item next_;

@@ -9,7 +9,7 @@
 //
 // Few slots: all three in one block, everything between them in registers and shared memory, so
 // that the latency of memory is paid once. Many: a kernel each, counts in global memory
-// [bin][chunk]; a block sums, a warp a bin.
+// [chunks][bins]; one block sums, a warp a bin.
 #include "block_scan.cuh"
 #include "device.h"
 #include "floats.cuh"
@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kBlock = 1024;  // threads of a block that sums
 constexpr int kMaxWarps = kBlock / 32;
-constexpr int kWarpsAtOnce = 8;  // warps of a block that only counts or scatters
+constexpr int kWarpsAtOnce = 4;  // warps of a block that only counts or scatters
 constexpr int kMaxChunks = 128;  // of the three kernels; also bounds the scratch
 constexpr int kSlotsOfLane = 8;  // in registers, of the one block
 constexpr int64_t kOneBlockSlots = kBlock * kSlotsOfLane;
@@ -47,26 +47,54 @@ __device__ __forceinline__ int64_t end_of_chunk(const SortByExpert& p, Chunks ch
   return end < p.slots ? end : p.slots;
 }
 
-// A warp's 32 slots, in order: those of one bin to consecutive places, from begin(bin) + count(bin)
-// on, the slots before these.
-template <typename Begin, typename Count>
-__device__ __forceinline__ void scatter(const SortByExpert& p, int64_t slot, int bin, float weight,
-                                        const Begin& begin, const Count& count) {
-  const unsigned peers = __match_any_sync(kAll, bin);
-  const int rank = __popc(peers & ((1u << threadIdx.x % 32) - 1));
-  if (bin >= 0) {
-    const int place = begin(bin) + count(bin) + rank;
-    if (p.sorted_slots) p.sorted_slots[place] = static_cast<int32_t>(slot);
-    if (p.slot_rows) p.slot_rows[slot] = bin < p.experts ? place : -1;
-    if (p.source_rows) {
-      p.source_rows[place] = static_cast<int32_t>(slot / p.topk);
-      p.row_weights[place] = weight;
+// A warp's next kSlotsOfLane * 32 slots in registers: their loads are in flight at once.
+struct Slots {
+  __device__ Slots(const SortByExpert& p, int64_t first, int64_t end) {
+#pragma unroll
+    for (int i = 0; i < kSlotsOfLane; ++i) {
+      const int64_t slot = first + 32 * i + threadIdx.x % 32;
+      bin[i] = slot < end ? bin_of(p, slot) : -1;
+      weight[i] = slot < end && p.source_rows ? load_float(p.topk_weights, slot) : 0.0f;
     }
   }
-  __syncwarp();  // all have read the count
-  if (bin >= 0 && rank == 0) count(bin) += __popc(peers);
-  __syncwarp();
-}
+
+  // `counts`, of the warp's own, get one more for each slot.
+  __device__ void count(int32_t* counts) const {
+#pragma unroll
+    for (int i = 0; i < kSlotsOfLane; ++i) {
+      if (bin[i] >= 0) atomicAdd(&counts[bin[i]], 1);
+    }
+  }
+
+  // In order: those of one bin go to consecutive places, from begin(bin) + count(bin) on, which
+  // counts the slots before.
+  template <typename Begin, typename Count>
+  __device__ void scatter(const SortByExpert& p, int64_t first, int64_t end, const Begin& begin,
+                          const Count& count) const {
+#pragma unroll
+    for (int i = 0; i < kSlotsOfLane; ++i) {
+      if (first + 32 * i >= end) break;
+      const int64_t slot = first + 32 * i + threadIdx.x % 32;
+      const unsigned peers = __match_any_sync(kAll, bin[i]);
+      const int rank = __popc(peers & ((1u << threadIdx.x % 32) - 1));
+      if (bin[i] >= 0) {
+        const int place = begin(bin[i]) + count(bin[i]) + rank;
+        if (p.sorted_slots) p.sorted_slots[place] = static_cast<int32_t>(slot);
+        if (p.slot_rows) p.slot_rows[slot] = bin[i] < p.experts ? place : -1;
+        if (p.source_rows) {
+          p.source_rows[place] = static_cast<int32_t>(slot / p.topk);
+          p.row_weights[place] = weight[i];
+        }
+      }
+      __syncwarp();  // all have read the count
+      if (bin[i] >= 0 && rank == 0) count(bin[i]) += __popc(peers);
+      __syncwarp();
+    }
+  }
+
+  int bin[kSlotsOfLane];  // -1 past the end
+  float weight[kSlotsOfLane];
+};
 
 // ---- few slots ----
 
@@ -84,23 +112,13 @@ __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chun
   int32_t* const own = counts + chunk * bins;
   int32_t* const begin = counts + chunks.count * bins;
   int* const totals = begin + bins;
-  const int64_t first = chunk * chunks.length + lane;
+  const int64_t first = chunk * chunks.length;
   const int64_t end = chunk < chunks.count ? end_of_chunk(p, chunks, chunk) : 0;
-  int bin[kSlotsOfLane];
-  float weight[kSlotsOfLane];
-#pragma unroll
-  for (int i = 0; i < kSlotsOfLane; ++i) {
-    const int64_t slot = first + 32 * i;
-    bin[i] = slot < end ? bin_of(p, slot) : -1;
-    weight[i] = slot < end && p.source_rows ? load_float(p.topk_weights, slot) : 0.0f;
-  }
+  const Slots slots(p, first, end);
   if (chunk < chunks.count) {
     for (int b = lane; b < bins; b += 32) own[b] = 0;
     __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kSlotsOfLane; ++i) {
-      if (bin[i] >= 0) atomicAdd(&own[bin[i]], 1);
-    }
+    slots.count(own);
   }
   __syncthreads();
 
@@ -108,24 +126,24 @@ __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chun
   const int height = p.row_tiles.height;
   for (int round = 0; round < bins; round += blockDim.x) {
     const int b = round + threadIdx.x;
-    int slots = 0;
+    int in_bin = 0;
     if (b < bins) {
 #pragma unroll 8
       for (int c = 0; c < chunks.count; ++c) {
         const int here = counts[c * bins + b];
-        counts[c * bins + b] = slots;
-        slots += here;
+        counts[c * bins + b] = in_bin;
+        in_bin += here;
       }
     }
-    const int tiles = height > 0 && b < p.experts ? (slots + height - 1) / height : 0;
+    const int tiles = height > 0 && b < p.experts ? (in_bin + height - 1) / height : 0;
     int of_round;
-    const int both = tiles << kHalf | slots;
+    const int both = tiles << kHalf | in_bin;
     const int upto = before + block_scan(both, Sum(), totals, of_round) - both;
     if (b < bins) {
       begin[b] = upto & ((1 << kHalf) - 1);
       p.expert_offsets[b] = begin[b];
       for (int t = 0; t < tiles; ++t) {
-        const int left = slots - t * height;
+        const int left = in_bin - t * height;
         p.row_tiles.data[1 + (upto >> kHalf) + t] = {b, begin[b] + t * height,
                                                      left < height ? left : height, 0};
       }
@@ -135,41 +153,48 @@ __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chun
   if (height > 0 && threadIdx.x == 0) p.row_tiles.data[0] = {0, 0, before >> kHalf, 0};
   __syncthreads();
 
-#pragma unroll
-  for (int i = 0; i < kSlotsOfLane; ++i) {
-    if (chunk < chunks.count && i * 32 < chunks.length) {
-      scatter(
-          p, first + 32 * i, bin[i], weight[i], [&](int b) { return begin[b]; },
-          [&](int b) -> int32_t& { return own[b]; });
-    }
-  }
+  slots.scatter(
+      p, first, end, [&](int b) { return begin[b]; }, [&](int b) -> int32_t& { return own[b]; });
 }
 
 // ---- many slots ----
 
+constexpr int64_t kBatch = 32 * kSlotsOfLane;
+
+// `in_smem`: a warp counts in shared memory, [warps][bins], and writes its column of the counts at
+// the end.
 __global__ void __launch_bounds__(32 * kWarpsAtOnce)
-    count_kernel(const SortByExpert p, Chunks chunks) {
+    count_kernel(const SortByExpert p, Chunks chunks, bool in_smem) {
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
-  const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int chunk = blockIdx.x * kWarpsAtOnce + warp;
   if (chunk >= chunks.count) return;
-  for (int64_t bin = lane; bin <= p.experts; bin += 32) p.counts[bin * chunks.count + chunk] = 0;
+  const int64_t bins = p.experts + 1, end = end_of_chunk(p, chunks, chunk);
+  int32_t* const own = in_smem ? reinterpret_cast<int32_t*>(ptx::dynamic_smem()) + warp * bins
+                               : p.counts + chunk * bins;
+  for (int64_t bin = lane; bin < bins; bin += 32) own[bin] = 0;
   __syncwarp();
-#pragma unroll 4
-  for (int64_t slot = chunk * chunks.length + lane; slot < end_of_chunk(p, chunks, chunk);
-       slot += 32) {
-    atomicAdd(&p.counts[static_cast<int64_t>(bin_of(p, slot)) * chunks.count + chunk], 1);
+  for (int64_t first = chunk * chunks.length; first < end; first += kBatch) {
+    Slots(p, first, end).count(own);
   }
+  __syncwarp();
+  if (!in_smem) return;
+  for (int64_t bin = lane; bin < bins; bin += 32) p.counts[chunk * bins + bin] = own[bin];
 }
 
-// A warp takes a bin: its counts become the places of the chunks within it.
-__device__ __forceinline__ int sum_bin(int32_t* counts, int chunks) {
+// A warp takes a bin: its counts, `stride` apart, become the places of the chunks within it.
+__device__ __forceinline__ int sum_bin(int32_t* counts, int64_t stride, int chunks) {
   const int lane = threadIdx.x % 32;
-  int in_bin = 0;
-  for (int first = 0; first < chunks; first += 32) {
-    const int here = first + lane < chunks ? counts[first + lane] : 0;
-    const int upto = warp_scan(here, Sum());
-    if (first + lane < chunks) counts[first + lane] = in_bin + upto - here;
+  int here[kMaxChunks / 32], in_bin = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxChunks / 32; ++i) {
+    here[i] = 32 * i + lane < chunks ? counts[(32 * i + lane) * stride] : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < kMaxChunks / 32; ++i) {
+    const int upto = warp_scan(here[i], Sum());
+    if (32 * i + lane < chunks) counts[(32 * i + lane) * stride] = in_bin + upto - here[i];
     in_bin += __shfl_sync(kAll, upto, 31);
   }
   return in_bin;
@@ -180,9 +205,8 @@ __global__ void __launch_bounds__(kBlock) sum_kernel(const SortByExpert p, Chunk
   ptx::let_next_kernel_start();
   int* const totals = reinterpret_cast<int*>(ptx::dynamic_smem());
   const int64_t bins = p.experts + 1;
-#pragma unroll 4
   for (int64_t bin = threadIdx.x / 32; bin < bins; bin += kMaxWarps) {
-    const int in_bin = sum_bin(p.counts + bin * chunks.count, chunks.count);
+    const int in_bin = sum_bin(p.counts + bin, bins, chunks.count);
     if (threadIdx.x % 32 == 0) p.expert_offsets[bin] = in_bin;
   }
   __syncthreads();
@@ -201,7 +225,7 @@ __global__ void __launch_bounds__(kBlock) sum_kernel(const SortByExpert p, Chunk
                         *reinterpret_cast<RowTilesStorage<kBlock>*>(totals));
 }
 
-// `in_smem`: whether a warp's counts are kept in shared memory, [warps][bins].
+// `in_smem`: a warp keeps in shared memory, [warps][bins], where the next slot of each bin goes.
 __global__ void __launch_bounds__(32 * kWarpsAtOnce)
     scatter_kernel(const SortByExpert p, Chunks chunks, bool in_smem) {
   ptx::wait_for_earlier_kernels();
@@ -209,28 +233,22 @@ __global__ void __launch_bounds__(32 * kWarpsAtOnce)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int chunk = blockIdx.x * kWarpsAtOnce + warp;
   if (chunk >= chunks.count) return;
-  const int64_t bins = p.experts + 1;
-  // Where the next slot of each bin goes.
+  const int64_t bins = p.experts + 1, end = end_of_chunk(p, chunks, chunk);
+  int32_t* const counts = p.counts + chunk * bins;
   int32_t* const places = reinterpret_cast<int32_t*>(ptx::dynamic_smem()) + warp * bins;
   for (int64_t bin = lane; in_smem && bin < bins; bin += 32) {
-    places[bin] = p.expert_offsets[bin] + p.counts[bin * chunks.count + chunk];
+    places[bin] = p.expert_offsets[bin] + counts[bin];
   }
   __syncwarp();
-  const int64_t end = end_of_chunk(p, chunks, chunk);
-  for (int64_t first = chunk * chunks.length; first < end; first += 32) {
-    const int64_t slot = first + lane;
-    const int bin = slot < end ? bin_of(p, slot) : -1;
-    const float weight = bin >= 0 && p.source_rows ? load_float(p.topk_weights, slot) : 0.0f;
+  for (int64_t first = chunk * chunks.length; first < end; first += kBatch) {
+    const Slots slots(p, first, end);
     if (in_smem) {
-      scatter(
-          p, slot, bin, weight, [](int) { return 0; },
-          [&](int b) -> int32_t& { return places[b]; });
+      slots.scatter(
+          p, first, end, [](int) { return 0; }, [&](int b) -> int32_t& { return places[b]; });
     } else {
-      scatter(
-          p, slot, bin, weight, [&](int b) { return p.expert_offsets[b]; },
-          [&](int b) -> int32_t& {
-            return p.counts[static_cast<int64_t>(b) * chunks.count + chunk];
-          });
+      slots.scatter(
+          p, first, end, [&](int b) { return p.expert_offsets[b]; },
+          [&](int b) -> int32_t& { return counts[b]; });
     }
   }
 }
@@ -270,11 +288,12 @@ void sort_by_expert(const SortByExpert& p, cudaStream_t stream) {
   }
   const Chunks chunks = cut(p.slots, kMaxChunks);
   const int blocks = (chunks.count + kWarpsAtOnce - 1) / kWarpsAtOnce;
-  launch<Start::kEarly>(count_kernel, blocks, 32 * kWarpsAtOnce, 0, stream, p, chunks);
+  const size_t smem = sizeof(int32_t) * kWarpsAtOnce * static_cast<size_t>(p.experts + 1);
+  const bool in_smem = smem <= 48 << 10 && smem <= device_info().smem_per_block;
+  launch<Start::kEarly>(count_kernel, blocks, 32 * kWarpsAtOnce, in_smem ? smem : 0, stream, p,
+                        chunks, in_smem);
   launch<Start::kEarly>(sum_kernel, 1, kBlock, sizeof(RowTilesStorage<kBlock>), stream, p, chunks);
-  const size_t places = sizeof(int32_t) * kWarpsAtOnce * static_cast<size_t>(p.experts + 1);
-  const bool in_smem = places <= 48 << 10 && places <= device_info().smem_per_block;
-  launch<Start::kEarly>(scatter_kernel, blocks, 32 * kWarpsAtOnce, in_smem ? places : 0, stream, p,
+  launch<Start::kEarly>(scatter_kernel, blocks, 32 * kWarpsAtOnce, in_smem ? smem : 0, stream, p,
                         chunks, in_smem);
 }
 

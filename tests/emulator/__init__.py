@@ -274,10 +274,10 @@ class Emulator:
     def toy_scan(self, x, **machine):
         return self.run("toy_scan", dict(n=x.numel()), dict(x=x), dict(out=x), **machine)
 
-    def toy_tiles(self, expert_offsets, *, rows, column_tiles, **machine):
+    def toy_tiles(self, expert_offsets, *, rows, column_tiles, group, **machine):
         """-1 where no tile lies."""
         experts = expert_offsets.numel() - 1
-        scalars = dict(experts=experts, rows=rows, column_tiles=column_tiles)
+        scalars = dict(experts=experts, rows=rows, column_tiles=column_tiles, group=group)
         out = torch.empty(rows, column_tiles, dtype=torch.int32)
         inputs = dict(expert_offsets=expert_offsets)
         out = self.run("toy_tiles", scalars, inputs, dict(out=out), **machine)

@@ -148,9 +148,8 @@ void grouped_gemm(Request& r) {
   p.out = r.data("out");
   p.out_stride = r.scalar("out_stride");
   p.zero_other_rows = r.scalar("zero_other_rows");
-  p.row_tiles.height = cuda::row_tile_height(p.dtype, p.rows, p.experts);
-  p.row_tiles.data = reinterpret_cast<RowTile*>(
-      r.scratch<int32_t>(4 * (1 + cuda::most_row_tiles(p.row_tiles.height, p.rows, p.experts))));
+  if (p.rows > 0) p.row_tiles = cuda::plan_row_tiles(p.dtype, p.rows, p.experts, p.n);
+  p.row_tiles.data = reinterpret_cast<RowTile*>(r.scratch<int32_t>(4 * (1 + p.row_tiles.most)));
   if (p.rows > 0) cuda::row_tiles(p, nullptr);
   cuda::grouped_gemm(p, nullptr);
 }
@@ -204,7 +203,7 @@ void toy_tiles(Request& r) {
   auto* const row_tiles =
       reinterpret_cast<RowTile*>(r.scratch<int32_t>(4 * (1 + rows / 16 + experts)));
   toys::tiles(r.data<int>("expert_offsets"), r.data<int>("out"), experts, rows,
-              r.scalar("column_tiles"), row_tiles);
+              r.scalar("column_tiles"), r.scalar("group"), row_tiles);
 }
 
 const std::map<std::string, void (*)(Request&)> kOperators = {

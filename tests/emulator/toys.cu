@@ -80,7 +80,7 @@ __global__ void lay_kernel(const GroupedGemm p) {
 }
 
 __global__ void tiles_kernel(const GroupedGemm p, int* out, int column_tiles) {
-  cuda::Items items(p, column_tiles);
+  cuda::Items items(p, 16);
   cuda::Item item;
   while (items.next(item)) {
     const int row = threadIdx.x;
@@ -101,12 +101,15 @@ void scan(const int* x, int* out, int n) {
 }
 
 void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows, int column_tiles,
-           RowTile* row_tiles) {
+           int group, RowTile* row_tiles) {
   GroupedGemm p{};
   p.expert_offsets = expert_offsets;
   p.experts = experts;
   p.rows = rows;
-  p.row_tiles = {kTileRows, row_tiles};
+  p.n = 16 * column_tiles;
+  p.activation.kind = Activation::kIdentity;
+  const int most = static_cast<int>(rows / kTileRows + experts);
+  p.row_tiles = {kTileRows, group, most, row_tiles};
   launch(lay_kernel, 1, 64, sizeof(Tiles), nullptr, p);
   launch(tiles_kernel, device_info().sm_count, kTileRows, 0, nullptr, p, out, column_tiles);
 }
