@@ -104,6 +104,19 @@ class Copier {
     }
   }
 
+  // The weights of the item's `count` steps from step `first` on, into L2.
+  __device__ void prefetch_b(int first, int count) const {
+    if (vector() != 0) return;
+    for (int step = first; step < first + count && step * Shape::kDepth < p_.k; ++step) {
+#pragma unroll
+      for (int pass = 0; pass < Shape::kPassesB; ++pass) {
+        if (pass >= b_passes_) continue;
+        ptx::prefetch_l2(b_ + static_cast<uint64_t>(b_pass_stride_) * pass +
+                         step * Shape::kLineBytes);
+      }
+    }
+  }
+
   // All of it is copied: goes on to the next.
   __device__ void end_step() {
     ptx::cp_async_commit();  // Empty groups keep the count.
@@ -416,6 +429,8 @@ __device__ __forceinline__ void multiply_step(WarpTile<T, Shape>& product, Copie
   if constexpr (kPair + 1 < kPairs) multiply_step<T, Shape, kPair + 1>(product, copier, cursor);
 }
 
+constexpr int kPrefetchedSteps = 8;
+
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     grouped_gemm_kernel(const GroupedGemm p) {
@@ -433,7 +448,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   for (int step = 0; weights_first && step < Shape::kStages - 1; ++step) {
     copier.template copy<Shape::kPassesA, copier.kPasses>(ring + step * Shape::kSlotBytes, step);
   }
-  if (p.only_a_is_new) ptx::wait_for_earlier_kernels();
+  if (p.only_a_is_new) {
+    // Memory doesn't idle while that kernel ends.
+    copier.prefetch_b(Shape::kStages - 1, kPrefetchedSteps);
+    ptx::wait_for_earlier_kernels();
+  }
   ptx::let_next_kernel_start();
 #pragma unroll 1
   for (int step = 0; step < Shape::kStages - 1; ++step) {
@@ -477,8 +496,7 @@ void launch_one(const GroupedGemm& p, cudaStream_t stream) {
   const DeviceInfo& device = device_info();
   const int64_t items =
       p.row_tiles.most * column_tiles(p.n, is_gated(p.activation.kind), kShape.cols);
-  const int64_t fit = static_cast<int64_t>(device.smem_per_sm / (kShape.bytes() + 1024));
-  const int64_t resident = device.sm_count * (fit < kShape.blocks ? fit : kShape.blocks);
+  const int64_t resident = device.sm_count * resident_blocks(kShape, device);
   launch<Start::kEarly>(grouped_gemm_kernel<T, GemmShape<kShape>>,
                         items < resident ? items : resident, 32 * kShape.warps(), kShape.bytes(),
                         stream, p);

@@ -31,11 +31,12 @@ struct GemmTile {
   }
 };
 
-// Of one height the widest first.
+// Of one height the best first, where it fits and there is enough to do.
 inline constexpr GemmTile kShapes[] = {
-    {16, 128, 64, 4, 1, 4, 3},  {16, 64, 64, 6, 1, 4, 3},   {32, 128, 64, 4, 1, 4, 2},
-    {32, 64, 64, 5, 1, 4, 3},   {64, 128, 64, 3, 2, 2, 2},  {128, 256, 64, 4, 2, 4, 1},
-    {128, 256, 64, 3, 2, 4, 1}, {128, 128, 64, 3, 2, 2, 2}, {128, 128, 32, 4, 2, 2, 1},
+    {16, 128, 64, 5, 1, 4, 2},  {16, 128, 64, 4, 1, 4, 2},  {16, 64, 64, 6, 1, 4, 3},
+    {32, 128, 64, 4, 1, 4, 2},  {32, 64, 64, 5, 1, 4, 3},   {64, 128, 64, 3, 2, 2, 2},
+    {128, 256, 64, 4, 2, 4, 1}, {128, 128, 64, 3, 2, 2, 2}, {128, 256, 64, 3, 2, 4, 1},
+    {128, 128, 32, 4, 2, 2, 2},
 };
 inline constexpr int kShapeCount = sizeof(kShapes) / sizeof(GemmTile);
 
@@ -75,29 +76,38 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns,
   return tiles;
 }
 
-// The place in kShapes. Every GPU from SM80 on has the 99 KB that one shape of each height needs.
+// How many of a shape's blocks run on a multiprocessor at once.
+inline int64_t resident_blocks(const GemmTile& tile, const DeviceInfo& device) {
+  if (tile.bytes() > static_cast<int64_t>(device.smem_per_block)) return 0;
+  const int64_t fit = static_cast<int64_t>(device.smem_per_sm) / (tile.bytes() + 1024);
+  return fit < tile.blocks ? fit : tile.blocks;
+}
+
+// Whether a product has enough to do for a shape.
+inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize& size,
+                  const DeviceInfo& device) {
+  const int64_t blocks = device.sm_count * resident_blocks(tile, device);
+  const int64_t items = tiles.most * column_tiles(size.n, size.gated, tile.cols);
+  // Two rounds of the lowest tiles hide the end of each.
+  if (tile.rows == 16 && tile.cols > 64) return items >= 2 * blocks;
+  if (tile.rows == 32 && tile.cols > 64) return items >= device.sm_count;
+  // One block alone doesn't hide the end of a tile: only where k is long.
+  if (tile.cols == 256) return size.k >= 4096;
+  return true;
+}
+
+// The place in kShapes. Every GPU from SM80 on has the 99 KB that some shape of each height needs.
 inline int choose_shape(const RowTiles& tiles, const ProductSize& size, const DeviceInfo& device) {
-  int chosen = -1;
+  int fallback = -1;
   for (int i = 0; i < kShapeCount; ++i) {
-    const GemmTile& s = kShapes[i];
-    if (s.rows != tiles.height || s.bytes() > static_cast<int>(device.smem_per_block)) continue;
-    const int64_t fit = device.smem_per_sm / (s.bytes() + 1024);
-    const int64_t blocks = device.sm_count * (fit < s.blocks ? fit : s.blocks);
-    const int64_t items = tiles.most * column_tiles(size.n, size.gated, s.cols);
-    chosen = i;
-    if (s.rows <= 32) {
-      // Two rounds of the low tiles hide the end of each.
-      if (items >= (s.rows == 16 ? 2 * blocks : device.sm_count)) break;
-    } else if (s.cols == 256) {
-      // One block alone doesn't hide the end of a tile: only where k is long. Where two of the
-      // smaller ones don't fit on a multiprocessor, this is still the better one.
-      const bool two_smaller_fit = device.smem_per_sm >= 2 * (kShapes[7].bytes() + 1024);
-      if (size.k >= 4096 || !two_smaller_fit) break;
-    } else {
-      break;
-    }
+    const GemmTile& tile = kShapes[i];
+    const int64_t blocks = resident_blocks(tile, device);
+    if (tile.rows != tiles.height || blocks == 0) continue;
+    const bool all_fit = blocks >= (tile.blocks < 2 ? tile.blocks : 2);
+    if (all_fit && suits(tile, tiles, size, device)) return i;
+    if (fallback < 0 || !suits(kShapes[fallback], tiles, size, device)) fallback = i;
   }
-  return chosen;
+  return fallback;
 }
 
 }  // namespace simple_moe::cuda

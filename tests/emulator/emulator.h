@@ -303,6 +303,8 @@ void cp_async_wait() {
   }
 }
 
+inline void prefetch_l2(const void*) {}
+
 struct LdmatrixOperands {
   uint32_t* r;
   const unsigned char* row;
