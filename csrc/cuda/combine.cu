@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
 
 void combine(const Combine& p, cudaStream_t stream) {
   if (p.tokens == 0 || p.hidden == 0) return;
-  if (p.sorted_slots) {
+  if (p.expert_offsets) {
     const int64_t slots = p.tokens * p.topk;
     launch(clear_slot_rows_kernel, (slots + kThreads - 1) / kThreads, kThreads, 0, stream, p);
     launch(fill_slot_rows_kernel, (p.rows + kThreads - 1) / kThreads, kThreads, 0, stream, p);

@@ -89,7 +89,7 @@ class Copier {
   template <int kFirst, int kLast>
   __device__ void copy(uint32_t slot, int ahead = 0) const {
     const int more = ahead * Shape::kLineBytes;
-    const bool valid = k_ + ahead * Shape::kDepth < p_.k;
+    const bool valid = k_ + ahead * Shape::kDepth < static_cast<int>(p_.k);
     const uint32_t to = slot + Shape::place(line(), vector());
 #pragma unroll
     for (int pass = kFirst; pass < kLast; ++pass) {
@@ -104,26 +104,13 @@ class Copier {
     }
   }
 
-  // The weights of the item's `count` steps from step `first` on, into L2.
-  __device__ void prefetch_b(int first, int count) const {
-    if (vector() != 0) return;
-    for (int step = first; step < first + count && step * Shape::kDepth < p_.k; ++step) {
-#pragma unroll
-      for (int pass = 0; pass < Shape::kPassesB; ++pass) {
-        if (pass >= b_passes_) continue;
-        ptx::prefetch_l2(b_ + static_cast<uint64_t>(b_pass_stride_) * pass +
-                         step * Shape::kLineBytes);
-      }
-    }
-  }
-
   // All of it is copied: goes on to the next.
   __device__ void end_step() {
     ptx::cp_async_commit();  // Empty groups keep the count.
     a_ += Shape::kLineBytes;
     b_ += Shape::kLineBytes;
     k_ += Shape::kDepth;
-    if (k_ - vector() * kVector >= p_.k) begin_item();
+    if (k_ - vector() * kVector >= static_cast<int>(p_.k)) begin_item();
   }
 
  private:
@@ -377,19 +364,18 @@ __device__ __forceinline__ void read_row_weights(const GroupedGemm& p, const Ite
   }
 }
 
-// The slot being multiplied; the one before it, just done with, is to be filled.
+// The slot being multiplied, and the one before it: just done with, it is to be filled.
 template <typename Shape>
 struct Cursor {
-  __device__ explicit Cursor(uint32_t ring) : begin(ring), slot(ring) {}
-  __device__ uint32_t free_slot() const {
-    return (slot == begin ? begin + Shape::kStages * Shape::kSlotBytes : slot) - Shape::kSlotBytes;
-  }
+  __device__ explicit Cursor(uint32_t ring)
+      : begin(ring), slot(ring), free(ring + (Shape::kStages - 1) * Shape::kSlotBytes) {}
   __device__ void advance() {
+    free = slot;
     slot += Shape::kSlotBytes;
     if (slot == begin + Shape::kStages * Shape::kSlotBytes) slot = begin;
   }
 
-  uint32_t begin, slot;
+  uint32_t begin, slot, free;
 };
 
 // When the next slot has landed for all, and this one is in everybody's registers.
@@ -411,10 +397,9 @@ __device__ __forceinline__ void multiply_step(WarpTile<T, Shape>& product, Copie
     uint32_t slot;
     int k16;
   };
-  const uint32_t free_slot = cursor.free_slot();
   product.template multiply<0>(
       [&] { return Place{cursor.slot, 2 * kPair + 1}; },
-      [&] { copier.template copy<first_pass(2 * kPair), first_pass(2 * kPair + 1)>(free_slot); });
+      [&] { copier.template copy<first_pass(2 * kPair), first_pass(2 * kPair + 1)>(cursor.free); });
   product.template multiply<1>(
       [&] {
         if constexpr (kPair + 1 < kPairs) return Place{cursor.slot, 2 * kPair + 2};
@@ -423,20 +408,18 @@ __device__ __forceinline__ void multiply_step(WarpTile<T, Shape>& product, Copie
       },
       [&] {
         if constexpr (kPair + 1 < kPairs) {
-          copier.template copy<first_pass(2 * kPair + 1), first_pass(2 * kPair + 2)>(free_slot);
+          copier.template copy<first_pass(2 * kPair + 1), first_pass(2 * kPair + 2)>(cursor.free);
         }
       });
   if constexpr (kPair + 1 < kPairs) multiply_step<T, Shape, kPair + 1>(product, copier, cursor);
 }
-
-constexpr int kPrefetchedSteps = 8;
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     grouped_gemm_kernel(const GroupedGemm p) {
   if (!p.only_a_is_new) ptx::wait_for_earlier_kernels();
   unsigned char* const smem = ptx::dynamic_smem();
-  const uint32_t ring = ptx::smem_address(smem);
+  const uint32_t ring = ptx::keep(ptx::smem_address(smem));
   unsigned char* const staged = smem + Shape::kStagedAt + threadIdx.x / 32 * Shape::kStagedBytes;
   const int steps = static_cast<int>((p.k + Shape::kDepth - 1) / Shape::kDepth);
   Item* const queue = reinterpret_cast<Item*>(smem + Shape::kQueueAt);
@@ -448,11 +431,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   for (int step = 0; weights_first && step < Shape::kStages - 1; ++step) {
     copier.template copy<Shape::kPassesA, copier.kPasses>(ring + step * Shape::kSlotBytes, step);
   }
-  if (p.only_a_is_new) {
-    // Memory doesn't idle while that kernel ends.
-    copier.prefetch_b(Shape::kStages - 1, kPrefetchedSteps);
-    ptx::wait_for_earlier_kernels();
-  }
+  if (p.only_a_is_new) ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
 #pragma unroll 1
   for (int step = 0; step < Shape::kStages - 1; ++step) {
@@ -484,7 +463,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     } else {
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
-        copier.template copy<0, copier.kPasses>(cursor.free_slot());
+        copier.template copy<0, copier.kPasses>(cursor.free);
         next_step(copier, cursor);
       }
     }

@@ -184,8 +184,8 @@ void combine(Request& r) {
   p.weights = r.floats("weights");
   p.slot_rows = r.data<int32_t>("slot_rows");
   p.sorted_slots = r.data<int32_t>("sorted_slots");
-  if (p.sorted_slots) p.slot_rows = r.scratch<int32_t>(p.tokens * p.topk);
   p.expert_offsets = r.data<int32_t>("expert_offsets");
+  if (p.expert_offsets) p.slot_rows = r.scratch<int32_t>(p.tokens * p.topk);
   p.experts = r.scalar("experts");
   p.out = r.data("out");
   cuda::combine(p, nullptr);

@@ -243,6 +243,8 @@ inline uint32_t smem_address(const void* pointer) {
   return static_cast<const unsigned char*>(pointer) - emulator::shared_memory;
 }
 
+inline uint32_t keep(uint32_t value) { return value; }
+
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(f16 x) { return std::bit_cast<_Float16>(x.bits); }
@@ -302,8 +304,6 @@ void cp_async_wait() {
     }
   }
 }
-
-inline void prefetch_l2(const void*) {}
 
 struct LdmatrixOperands {
   uint32_t* r;
