@@ -186,6 +186,26 @@ def test_float16_range(device):
     assert_accurate(out, expected)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_nothing_is_rounded_before_the_bias_and_the_weight(dtype, tokens, device):
+    """A product that is rounded to 16 bits first is mostly rounding in both of these."""
+    case = MoeCase(tokens=tokens, experts=2, hidden=512, intermediate=520, dtype=dtype,
+                   activation="silu", bias="float32", routing="duplicated")  # fmt: skip
+    cancelling, tiny = case.arguments(device), case.arguments(device)
+    x = cancelling["x"]
+    x[:] = x[0]  # One bias cancels the product for all tokens.
+    h1 = (x[0].double() @ cancelling["w1"].double().mT).float()
+    cancelling["b1"] = cancelling["b1"] / 16 - h1
+    cancelling["b2"] /= 64
+    tiny["w2"] *= 2.0**-20  # Products under float16's smallest normal number.
+    tiny["b2"] *= 2.0**-20
+    tiny["topk_weights"] *= 2.0**16
+    for arguments in (cancelling, tiny):
+        expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)
+        assert_accurate(moe_ops.fused_moe(**arguments), expected)
+
+
 def test_ids_past_int32(device):
     arguments = MoeCase(ids_dtype=torch.int64).arguments(device)
     for name in ("w1", "w2"):

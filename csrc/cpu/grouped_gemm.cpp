@@ -1,66 +1,53 @@
-// grouped_gemm on the CPU: torch's own matmul once per expert that has rows, then one pass over the
-// float32 product for bias, activation and routing weight.
+// grouped_gemm on the CPU: one float32 product per expert that has rows, then one pass over it for
+// bias, activation and routing weight.
 //
-//   a's rows --gather--> [rows, k] --mm--> product [rows, n or 2 n], float32 --epilogue--> out
-//                                  b[e] --convert--^
+//   a's rows --gather--> [rows, k] --product--> [rows, n or 2 n], float32 --epilogue--> out
 //
-// 16-bit operands are multiplied in float32 from a converted copy: torch's matmul of them is
-// several times slower than conversion and float32 matmul together on a CPU without 16-bit
-// products, and its 16-bit result is one rounding more and may overflow. Two rows or fewer of a
-// large expert don't repay the conversion, and a CPU that has 16-bit products needs none: there the
-// operands are multiplied as they are.
+// 16-bit operands are multiplied as they are where dot_products does that well. Elsewhere torch
+// multiplies float32 copies of them: its own matmul of 16 bits rounds the sums to 16 bits, before
+// the bias is added, and may overflow.
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "activation.h"
 #include "common.h"
+#include "dot_products.h"
 #include "primitives.h"
 
 namespace simple_moe::cpu {
 namespace {
 
-constexpr int kBlock = 16;                     // Columns the epilogue takes at once.
+constexpr int64_t kBlock = 32;                 // Columns the epilogue takes at once.
 constexpr int64_t kProductElements = 1 << 22;  // Of scratch, so that long experts go in pieces ...
 constexpr int64_t kMinRows = 256;              // ... that still repay converting the weights.
 constexpr int64_t kWeightElements = 1 << 19;   // Converted at a time: 2 MiB stay in the cache.
-// An expert of at most so many weights costs next to nothing to convert. A product of fewer columns
-// than this averages too little over the extra rounding to keep to the accuracy promised.
-constexpr int64_t kSmallWeights = 1 << 15;
-constexpr int64_t kSmallProduct = 256;
 
-// Whether torch multiplies matrices of this dtype with instructions made for it.
-bool has_native_matmul(DType dtype) {
-#ifdef __x86_64__
-  if (dtype == DType::kBFloat16) {
-    return __builtin_cpu_supports("avx512bf16") || __builtin_cpu_supports("amx-bf16");
-  }
-  if (dtype == DType::kFloat16) return __builtin_cpu_supports("avx512fp16");
+// Compiled for AVX2 as well, with all that it calls, and chosen when the library is loaded: the
+// rest of it is for any x86-64.
+#if defined(__x86_64__) && defined(__GLIBC__)
+#define SIMPLE_MOE_AVX2_TOO __attribute__((target_clones("avx2", "default"), flatten))
+#else
+#define SIMPLE_MOE_AVX2_TOO
 #endif
-  return dtype == DType::kFloat32;
-}
 
-bool all_finite(const Matrix& m) {
-  std::atomic<bool> finite{true};
-  torch::stable::parallel_for(0, m.rows, grain_of(m.cols), [&](int64_t begin, int64_t end) {
-    // x * 0 is NaN exactly where x is not finite.
-    float sum = 0;
-    for (int64_t r = begin; r < end; ++r) {
-      const float* row = static_cast<const float*>(m.data) + r * m.row_stride;
-      for (int64_t i = 0; i < m.cols; ++i) sum += row[i] * 0.0f;
-    }
-    if (sum != 0.0f) finite = false;
-  });
-  return finite;
+// `count` of them, `step` apart. A whole block has a length that the compiler knows.
+template <class T>
+void copy_columns(T* to, const T* from, int64_t step, int64_t count) {
+  if (count < kBlock) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
+  } else if (step == 1) {
+    for (int64_t i = 0; i < kBlock; ++i) to[i] = from[i];
+  } else {
+    for (int64_t i = 0; i < kBlock; ++i) to[i] = from[2 * i];
+  }
 }
 
 class GroupedGemmRun {
  public:
   explicit GroupedGemmRun(const GroupedGemm& p)
-      : p_(p),
-        width_(is_gated(p.activation.kind) ? 2 * p.n : p.n),
-        native_(has_native_matmul(p.dtype)) {}
+      : p_(p), width_(is_gated(p.activation.kind) ? 2 * p.n : p.n) {}
 
   void run_expert(int64_t expert, int64_t begin, int64_t end) {
     const Matrix weights{const_cast<void*>(offset(p_.b, p_.dtype, expert * p_.b_expert_stride)),
@@ -79,14 +66,17 @@ class GroupedGemmRun {
   void run_rows(int64_t expert, const Matrix& weights, int64_t first, int64_t count) {
     const Matrix out{offset(p_.out, p_.out_dtype, first * p_.out_stride), p_.out_dtype, count, p_.n,
                      p_.out_stride};
-    const bool float_out = p_.out_dtype == DType::kFloat32;
-    const Matrix product =
-        float_out && width_ == p_.n ? out : product_.matrix(DType::kFloat32, count, width_);
+    const bool in_place = p_.out_dtype == DType::kFloat32 && width_ == p_.n;
+    const Matrix product = in_place ? out : product_.matrix(DType::kFloat32, count, width_);
     multiply_rows(product, rows_of_a(first, count), weights);
-    // A 16-bit output is rounded by torch, from the first n columns of the product itself.
-    const Matrix result = float_out ? out : product.col_block(0, p_.n);
-    apply_epilogue(result, product, expert, first);
-    if (!float_out) convert(out, result);
+    const bool identity = p_.activation.kind == Activation::kIdentity;
+    if (!identity || p_.bias.data || p_.row_weights) {
+      with_type(p_.out_dtype, [&](auto* type) {
+        apply_epilogue<std::remove_pointer_t<decltype(type)>>(out, product, expert, first);
+      });
+    } else if (!in_place) {
+      convert(out, product);
+    }
   }
 
   Matrix rows_of_a(int64_t first, int64_t count) {
@@ -115,22 +105,42 @@ class GroupedGemmRun {
       }
     } else if (p_.dtype == DType::kFloat32) {
       multiply(product, a, weights.transposed());
-    } else if (!multiply_unconverted(product, a, weights)) {
+    } else if (dot_products_pay(p_.dtype, a.rows)) {
+      dot_products(product, a, weights.col_stride == 1 ? weights : transposed_copy(weights));
+    } else {
       multiply_converted(product, a, weights);
     }
   }
 
-  // False if the product must be made from converted operands: it would be slower this way, or
-  // less exact than a float32 output deserves, or it left the range of its 16 bits.
-  bool multiply_unconverted(const Matrix& product, const Matrix& a, const Matrix& weights) {
-    // torch has a fast path for few rows only where the dot products' operands are contiguous.
-    const bool few_rows = a.rows <= 2 && weights.col_stride == 1;
-    if (p_.out_dtype == DType::kFloat32 || !(native_ || few_rows)) return false;
-    if (weights.rows < kSmallProduct || weights.rows * weights.cols <= kSmallWeights) return false;
-    const Matrix rounded = rounded_.matrix(p_.dtype, product.rows, product.cols);
-    multiply(rounded, a, weights.transposed());
-    convert(product, rounded);
-    return all_finite(product);
+  // A 16-bit matrix in the other layout. (torch's own copy does this on one thread.)
+  Matrix transposed_copy(const Matrix& m) {
+    constexpr int64_t kSide = 32;
+    const Matrix copy = copy_.matrix(m.dtype, m.rows, m.cols);
+    const auto copy_rows = [&](int64_t first, int64_t rows) {
+      // By way of a small square: one of the two strides would otherwise strain the cache.
+      uint16_t square[kSide][kSide];
+      for (int64_t col = 0; col < m.cols; col += kSide) {
+        const int64_t cols = std::min(kSide, m.cols - col);
+        const auto* from =
+            static_cast<const uint16_t*>(m.row_block(first, 1).col_block(col, 1).data);
+        for (int64_t c = 0; c < cols; ++c) {
+          for (int64_t r = 0; r < rows; ++r)
+            square[r][c] = from[r * m.row_stride + c * m.col_stride];
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          std::copy_n(square[r], cols,
+                      static_cast<uint16_t*>(copy.data) + (first + r) * m.cols + col);
+        }
+      }
+    };
+    const int64_t blocks = (m.rows + kSide - 1) / kSide;
+    torch::stable::parallel_for(
+        0, blocks, grain_of(kSide * m.cols), [&](int64_t block, int64_t end) {
+          for (; block < end; ++block) {
+            copy_rows(block * kSide, std::min(kSide, m.rows - block * kSide));
+          }
+        });
+    return copy;
   }
 
   void multiply_converted(const Matrix& product, const Matrix& a, const Matrix& weights) {
@@ -149,17 +159,16 @@ class GroupedGemmRun {
     }
   }
 
-  // Bias, activation, routing weight. The result may lie in the first n columns of the product.
-  void apply_epilogue(const Matrix& result, const Matrix& product, int64_t expert, int64_t first) {
-    const bool identity = p_.activation.kind == Activation::kIdentity;
-    if (identity && !p_.bias.data && !p_.row_weights) return;
+  // Bias, activation, routing weight. `out` may be the product itself.
+  template <class Out>
+  void apply_epilogue(const Matrix& out, const Matrix& product, int64_t expert, int64_t first) {
     const float* bias = bias_of(expert);
     const ActivationScalars scalars = scalars_of(p_.activation, expert);
     torch::stable::parallel_for(
         0, product.rows, grain_of(4 * width_), [&](int64_t begin, int64_t end) {
           for (int64_t r = begin; r < end; ++r) {
             const float weight = p_.row_weights ? p_.row_weights[first + r] : 1.0f;
-            finish_row(static_cast<float*>(result.data) + r * result.row_stride,
+            finish_row(static_cast<Out*>(out.data) + r * out.row_stride,
                        static_cast<const float*>(product.data) + r * product.row_stride, bias,
                        scalars, weight);
           }
@@ -174,34 +183,38 @@ class GroupedGemmRun {
     return bias;
   }
 
-  void finish_row(float* result, const float* row, const float* bias,
-                  const ActivationScalars& scalars, float weight) const {
+  template <class Out>
+  SIMPLE_MOE_AVX2_TOO void finish_row(Out* out, const float* row, const float* bias,
+                                      const ActivationScalars& scalars, float weight) const {
     const bool gated = is_gated(p_.activation.kind);
     const int64_t step = gated && p_.gate_layout == GateLayout::kInterleaved ? 2 : 1;
     const int64_t gate_first = gated && p_.gate_layout == GateLayout::kUpGate ? p_.n : 0;
     const int64_t up_first = p_.gate_layout == GateLayout::kGateUp   ? p_.n
                              : p_.gate_layout == GateLayout::kUpGate ? 0
                                                                      : 1;
-    const auto read = [&](float* values, int64_t first, int count) {
-      for (int i = 0; i < count; ++i) values[i] = row[first + i * step];
+    const auto read = [&](float* values, int64_t first, int64_t count) {
+      copy_columns(values, row + first, step, count);
       if (!bias) return;
-      for (int i = 0; i < count; ++i) values[i] += bias[first + i * step];
+      float added[kBlock] = {};
+      copy_columns(added, bias + first, step, count);
+      for (int64_t i = 0; i < kBlock; ++i) values[i] += added[i];
     };
     float gate[kBlock] = {}, up[kBlock] = {};
     for (int64_t j = 0; j < p_.n; j += kBlock) {
-      const int count = static_cast<int>(std::min<int64_t>(kBlock, p_.n - j));
+      const int64_t count = std::min(kBlock, p_.n - j);
       read(gate, gate_first + j * step, count);
       if (gated) read(up, up_first + j * step, count);
       activate<kBlock>(p_.activation.kind, scalars, gate, up);
+      Out values[kBlock];
+      for (int64_t i = 0; i < kBlock; ++i) values[i] = static_cast<Out>(weight * gate[i]);
       // In place, this never overtakes what is still to be read.
-      for (int i = 0; i < count; ++i) result[j + i] = weight * gate[i];
+      copy_columns(out + j, values, 1, count);
     }
   }
 
   const GroupedGemm& p_;
   int64_t width_;
-  bool native_;
-  Scratch product_, gathered_, rounded_, a32_, weights32_, bias_;
+  Scratch product_, gathered_, a32_, weights32_, copy_, bias_;
 };
 
 void zero_rows(const GroupedGemm& p, int64_t begin, int64_t end) {
