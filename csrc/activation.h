@@ -5,7 +5,9 @@
 // that every kernel rounds alike.
 #pragma once
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 
 #include "params.h"
 
@@ -25,8 +27,28 @@ SIMPLE_MOE_HOST_DEVICE float quotient(float x, float y) {
   return x / y;
 #endif
 }
-SIMPLE_MOE_HOST_DEVICE float sigmoid(float x) { return quotient(1.0f, 1.0f + expf(-x)); }
-SIMPLE_MOE_HOST_DEVICE float silu(float x) { return quotient(x, 1.0f + expf(-x)); }
+// e^x. On the CPU within 2 ulp, in steps that the compiler makes vector instructions of, which it
+// does of no call; below -87 it stays at e^-87, and it is infinite from 88.4 up.
+SIMPLE_MOE_HOST_DEVICE float exp_of(float x) {
+#ifdef __CUDA_ARCH__
+  return expf(x);
+#else
+  x = at_least(at_most(x, 88.7f), -87.0f);
+  // e^x = 2^n * e^r. 1.5 * 2^23 leaves n, rounded, in the lowest bits of the sum.
+  const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float p =
+      ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) *
+           r +
+       1.6666665459e-1f) *
+          r +
+      0.5f;
+  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127) << 23);
+  return power * (p * r * r + r + 1.0f);
+#endif
+}
+SIMPLE_MOE_HOST_DEVICE float sigmoid(float x) { return quotient(1.0f, 1.0f + exp_of(-x)); }
+SIMPLE_MOE_HOST_DEVICE float silu(float x) { return quotient(x, 1.0f + exp_of(-x)); }
 SIMPLE_MOE_HOST_DEVICE float gelu(float x) {
   return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
 }
