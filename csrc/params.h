@@ -153,8 +153,8 @@ struct Combine {
   Floats weights;  // [tokens, topk], or null: the rows are weighted already
   // Where slot t * topk + k went. Given by sort_by_expert, or made from the two below.
   int32_t* slot_rows;
-  const int32_t* sorted_slots;    // null: slot_rows is filled already
-  const int32_t* expert_offsets;  // with sorted_slots
+  const int32_t* sorted_slots;    // with expert_offsets; null too where there are no rows
+  const int32_t* expert_offsets;  // null: slot_rows is filled already
   int64_t experts;
   // Whether slot_rows were written before the kernel that writes expert_out started.
   bool only_rows_are_new;

@@ -87,6 +87,8 @@ def _combine_backward(ctx, grad):
     expert_out, topk_weights, sorted_slots, expert_offsets = ctx.saved_tensors
     rows, topk = expert_out.shape[0], topk_weights.shape[1]
     slots = topk_weights.numel()
+    if rows == 0 or slots == 0:  # Nothing that the gathers below could index.
+        return torch.zeros_like(expert_out), torch.zeros_like(topk_weights), None, None
     # Which row a slot is summed from, by the operator's own rule: -1 for none, the later of two.
     row = torch.arange(rows, device=grad.device)
     end = expert_offsets.clamp(0, rows).amax()

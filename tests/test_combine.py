@@ -79,6 +79,28 @@ def test_rows_past_the_last_offset_and_their_weights_do_not_count(device):
     assert moe_ops.combine(**arguments).tolist() == [[1.0], [200.0]]
 
 
+@pytest.mark.parametrize("tokens, rows", [(3, 0), (0, 4), (0, 0), (3, 2), (2, 9)])
+def test_any_number_of_rows(tokens, rows, device):
+    """M needn't be T * K: without rows there are zeros, and nothing is read."""
+    out = torch.randn(rows, 5, device=device, requires_grad=True)
+    weights = torch.rand(tokens, 2, device=device, requires_grad=True)
+    slots = torch.arange(rows, device=device, dtype=torch.int32)
+    offsets = torch.tensor([0, rows // 2, rows], device=device, dtype=torch.int32)
+    arguments = (out, weights, slots, offsets)
+    got = moe_ops.combine(*arguments)
+    expected = reference.combine(*arguments, compute_dtype=torch.float64)
+    assert got.shape == (tokens, 5)
+    assert_accurate(got, expected)
+    got = torch.autograd.grad(got.square().sum(), (out, weights))
+    expected = [torch.zeros_like(out), torch.zeros_like(weights)]
+    if tokens and rows:
+        total = reference.combine(*arguments, compute_dtype=torch.float64).square().sum()
+        expected = torch.autograd.grad(total, (out, weights))
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape
+        assert_accurate(a, b.double())
+
+
 def test_sums_in_float32(device):
     """The weights are not rounded to the rows' dtype, nor is any partial sum."""
     arguments = by_hand(device, [0, 1, 2, 3], [0, 4], [[1.0, 2**-12], [2.0**12, -(2.0**12)]])

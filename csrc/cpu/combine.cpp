@@ -49,7 +49,7 @@ void combine_token(const Combine& p, int64_t token) {
 }  // namespace
 
 void combine(const Combine& p) {
-  if (p.sorted_slots) find_slot_rows(p);
+  if (p.expert_offsets) find_slot_rows(p);
   with_type(p.dtype, [&](auto* in) {
     with_type(p.out_dtype, [&](auto* out) {
       using In = std::remove_pointer_t<decltype(in)>;
