@@ -9,12 +9,50 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd
+from torch.autograd import forward_ad
 
 from ._derivatives import activation_and_derivatives
 from .reference import ACTIVATIONS, split_branches
 
 ops = torch.ops.simple_moe
+
+
+def _has_tangent(value) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
+class _Library(torch.library.Library):
+    """Forward-mode AD raises: torch's own kernels have tangents of zero there, without a word."""
+
+    def impl(self, op_name, fn, dispatch_key="", **options):
+        def autograd_kernel(keyset, *args, **kwargs):
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, (*args, *kwargs.values()))):
+                raise NotImplementedError(
+                    f"{op_name.removesuffix('.out')}: an argument has a tangent of forward-mode AD,"
+                    " expected none: there are gradients in reverse mode alone"
+                )
+            return fn(keyset, *args, **kwargs)
+
+        kernel = autograd_kernel if dispatch_key == "Autograd" else fn
+        super().impl(op_name, kernel, dispatch_key, **options)
+
+
+_library = _Library("simple_moe", "IMPL")
+
+
+def _register_autograd(operator: str, backward, setup_context) -> None:
+    torch.library.register_autograd(
+        f"simple_moe::{operator}", backward, setup_context=setup_context, lib=_library
+    )
+
+
+def _raise_if_wanted(operator: str, names: list[str], needed: tuple[bool, ...]) -> None:
+    # Arguments left out at the end have no entry.
+    for name, wanted in zip(names, needed, strict=False):
+        if wanted:
+            raise NotImplementedError(
+                f"{operator}: {name} wants a gradient, expected requires_grad=False: there is none"
+            )
 
 
 def _sum_rows(rows: Tensor, expert_offsets: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,9 +87,7 @@ def _grouped_gemm_backward(ctx, grad):
     return da, db, None, dbias
 
 
-register_autograd(
-    "simple_moe::grouped_gemm", _grouped_gemm_backward, setup_context=_grouped_gemm_setup
-)
+_register_autograd("grouped_gemm", _grouped_gemm_backward, _grouped_gemm_setup)
 
 
 def _grouped_gemm_wgrad_setup(ctx, inputs, keyword_only_inputs, output):
@@ -69,11 +105,7 @@ def _grouped_gemm_wgrad_backward(ctx, grad):
     return da, db, None
 
 
-register_autograd(
-    "simple_moe::grouped_gemm_wgrad",
-    _grouped_gemm_wgrad_backward,
-    setup_context=_grouped_gemm_wgrad_setup,
-)
+_register_autograd("grouped_gemm_wgrad", _grouped_gemm_wgrad_backward, _grouped_gemm_wgrad_setup)
 
 
 # ---- combine ----
@@ -111,7 +143,7 @@ def _combine_backward(ctx, grad):
     return drows, dweights, None, None
 
 
-register_autograd("simple_moe::combine", _combine_backward, setup_context=_combine_setup)
+_register_autograd("combine", _combine_backward, _combine_setup)
 
 
 # ---- topk_route ----
@@ -125,6 +157,8 @@ def _topk_route_setup(ctx, inputs, keyword_only_inputs, output):
 
 
 def _topk_route_backward(ctx, grad, _):
+    # correction_bias only steers the choice: no gradient reaches it.
+    _raise_if_wanted("topk_route", ["correction_bias"], ctx.needs_input_grad[2:3])
     router_logits, correction_bias, ids = ctx.saved_tensors
     ids = ids.long()
     logits = router_logits.float()
@@ -153,11 +187,10 @@ def _topk_route_backward(ctx, grad, _):
     else:
         dlogits = scores * (dscores - (dscores * scores).sum(dim=1, keepdim=True))
     dlogits = dlogits.masked_fill(is_nan, 0.0)
-    # correction_bias only steers the choice: no gradient reaches it.
     return dlogits.to(router_logits.dtype), None, None
 
 
-register_autograd("simple_moe::topk_route", _topk_route_backward, setup_context=_topk_route_setup)
+_register_autograd("topk_route", _topk_route_backward, _topk_route_setup)
 
 
 # ---- fused_moe ----
@@ -180,11 +213,7 @@ def _fused_moe_backward(ctx, grad):
     x, w1, w2, topk_weights, topk_ids, b1, b2, alpha, beta, limit = ctx.saved_tensors
     options = ctx.options
     needs = ctx.needs_input_grad
-    for name, needed in zip(("alpha", "beta", "limit"), needs[7:10], strict=False):
-        if needed:
-            raise NotImplementedError(
-                f"fused_moe: {name} wants a gradient, expected requires_grad=False: there is none"
-            )
+    _raise_if_wanted("fused_moe", ["alpha", "beta", "limit"], needs[7:10])
     dtype, experts, topk = x.dtype, w1.shape[0], topk_ids.shape[1]
     activation, gate_layout = options["activation"], options["gate_layout"]
     backend = options["backend"]
@@ -248,12 +277,10 @@ def _join(gate: Tensor, up: Tensor | None, gate_layout: str) -> Tensor:
     return torch.cat([gate, up] if gate_layout == "gate_up" else [up, gate], dim=1)
 
 
-register_autograd("simple_moe::fused_moe", _fused_moe_backward, setup_context=_fused_moe_setup)
+_register_autograd("fused_moe", _fused_moe_backward, _fused_moe_setup)
 
 
 # ---- What has no gradient, and autocast ----
-
-_library = torch.library.Library("simple_moe", "IMPL")
 
 
 def _fused_moe_out(keyset, *args, **kwargs):

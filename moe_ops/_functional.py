@@ -107,6 +107,7 @@ def topk_route(
 
     Raises:
         RuntimeError: an argument isn't as above.
+        NotImplementedError: in backward, where correction_bias requires a gradient.
     """
     return _ops.topk_route(
         router_logits, topk, correction_bias, scoring=scoring, renormalize=renormalize,

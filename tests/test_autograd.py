@@ -14,6 +14,13 @@ from moe_ops import reference
 # A backward pass multiplies what the forward pass rounded: about twice its error.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 LAYER = ["x", "w1", "w2", "b1", "b2", "topk_weights"]
+FORWARD_MODE = {
+    "fused_moe": MoeCase(bias="float32").arguments,
+    "topk_route": RouteCase().arguments,
+    "grouped_gemm": GemmCase(bias="float32").arguments,
+    "grouped_gemm_wgrad": GemmCase().wgrad_arguments,
+    "combine": CombineCase(MoeCase()).arguments,
+}
 
 
 def gradients(outputs, leaves, grad_outputs):
@@ -184,6 +191,35 @@ def test_out_with_a_gradient_raises(device):
         moe_ops.fused_moe(**arguments, out=out)
     with torch.no_grad():
         assert moe_ops.fused_moe(**arguments, out=out) is out
+
+
+def test_a_correction_bias_that_wants_a_gradient_raises(device):
+    arguments = RouteCase(correction_bias="normal").arguments(device)
+    require_gradients(arguments, ["router_logits", "correction_bias"])
+    with pytest.raises(BAD_INPUT, match="correction_bias"):
+        moe_ops.topk_route(**arguments)[0].sum().backward()
+    with torch.no_grad():
+        moe_ops.topk_route(**arguments)
+
+
+@pytest.mark.parametrize("operator", FORWARD_MODE)
+def test_forward_mode_raises(operator, device):
+    """torch's default for an operator in Python: tangents of zero, whatever the operator does."""
+    arguments = FORWARD_MODE[operator](device)
+    for name, value in arguments.items():
+        if not torch.is_tensor(value) or not value.is_floating_point():
+            continue
+
+        def function(v, name=name):
+            return getattr(moe_ops, operator)(**(arguments | {name: v}))
+
+        with pytest.raises(NotImplementedError, match=f"{operator}: .* forward-mode"):
+            torch.func.jvp(function, (value,), (torch.ones_like(value),))
+        with torch.autograd.forward_ad.dual_level():
+            function(value)  # Nobody asks for a tangent here.
+            dual = torch.autograd.forward_ad.make_dual(value, torch.ones_like(value))
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                function(dual)
 
 
 @pytest.mark.parametrize("name", ["alpha", "beta", "limit"])
