@@ -166,8 +166,13 @@ def _topk_route_backward(ctx, grad, _):
     if ctx.scoring == "sigmoid":
         scores = torch.sigmoid(logits.masked_fill(is_nan, 0.0))
     else:
-        scores = torch.softmax(logits.masked_fill(is_nan, -torch.inf), dim=-1)
+        logits = logits.masked_fill(is_nan, -torch.inf)
+        # Of +inf, or of only -inf, every score is NaN.
+        no_score = logits.amax(dim=-1, keepdim=True).isinf()
+        is_nan = is_nan | no_score
+        scores = torch.softmax(logits.masked_fill(no_score, 0.0), dim=-1)
     # A choice that is NaN ranks last with weight 0.
+    scores = scores.masked_fill(is_nan, 0.0)
     rejected = is_nan.gather(1, ids)
     if correction_bias is not None:
         rejected = rejected | correction_bias.isnan()[ids]
@@ -186,7 +191,6 @@ def _topk_route_backward(ctx, grad, _):
         dlogits = dscores * scores * (1 - scores)
     else:
         dlogits = scores * (dscores - (dscores * scores).sum(dim=1, keepdim=True))
-    dlogits = dlogits.masked_fill(is_nan, 0.0)
     return dlogits.to(router_logits.dtype), None, None
 
 

@@ -222,7 +222,11 @@ def _scores(logits: Tensor, scoring: str) -> Tensor:
     if scoring == "sigmoid":
         scores = torch.sigmoid(logits.masked_fill(is_nan, 0.0))
     else:
-        scores = torch.softmax(logits.masked_fill(is_nan, -torch.inf), dim=-1)
+        logits = logits.masked_fill(is_nan, -torch.inf)
+        # Of +inf, or of only -inf, every score is NaN.
+        no_score = logits.amax(dim=-1, keepdim=True).isinf()
+        is_nan = is_nan | no_score
+        scores = torch.softmax(logits.masked_fill(no_score, 0.0), dim=-1)
     return scores.masked_fill(is_nan, torch.nan)
 
 

@@ -119,15 +119,16 @@ def test_router_logits_through_the_whole_layer(device):
 
 @pytest.mark.parametrize("scoring", reference.SCORINGS)
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("kind", ["normal", "ties", "nan"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "nan", "inf"])
 def test_topk_route(kind, renormalize, scoring, device):
     case = RouteCase(
         kind=kind, scoring=scoring, renormalize=renormalize, correction_bias="integers",
         num_groups=4, topk_groups=2, scaling=2.5,
     )  # fmt: skip
     arguments = case.arguments(device)
-    if kind == "nan":  # Row 1 is NaN from end to end.
-        arguments["router_logits"] = arguments["router_logits"][2:]
+    if kind == "inf":  # Also a row of one +inf, and rows of -inf and one number, and of -inf alone.
+        arguments["router_logits"][2:5] = -torch.inf
+        arguments["router_logits"][2:4, 3] = torch.tensor([torch.inf, 1.5], device=device)
     compare(
         lambda **kw: moe_ops.topk_route(**kw)[0],
         lambda **kw: reference.topk_route(**kw)[0],
