@@ -194,6 +194,23 @@ def test_out_with_a_gradient_raises(device):
         assert moe_ops.fused_moe(**arguments, out=out) is out
 
 
+def test_out_tells_autograd_that_it_was_written(device):
+    """A tensor saved for a backward pass and written since must not be taken for the old one."""
+    arguments = MoeCase().arguments(device)
+    out = torch.rand_like(arguments["x"])
+    for context in (torch.no_grad, torch.inference_mode):
+        leaf = torch.rand_like(out).requires_grad_()
+        product = (leaf * out).sum()
+        version = out._version
+        with context():
+            moe_ops.fused_moe(**arguments, out=out)
+        assert out._version > version
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+    with torch.inference_mode():  # Tensors made here have no version.
+        moe_ops.fused_moe(**arguments, out=torch.empty_like(out))
+
+
 def test_a_correction_bias_that_wants_a_gradient_raises(device):
     arguments = RouteCase(correction_bias="normal").arguments(device)
     require_gradients(arguments, ["router_logits", "correction_bias"])

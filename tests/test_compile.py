@@ -95,6 +95,22 @@ def test_out(device):
     check_one_graph(write, calls)
 
 
+def test_out_tells_autograd_that_it_was_written(device):
+    arguments = MoeCase().arguments(device)
+
+    @torch.no_grad()
+    def write(out, **arguments):
+        moe_ops.fused_moe(**arguments, out=out)
+
+    for backend in ("eager", "aot_eager"):
+        leaf, out = (torch.rand_like(arguments["x"]) for _ in range(2))
+        product = (leaf.requires_grad_() * out).sum()
+        torch.compile(write, fullgraph=True, backend=backend)(out, **arguments)
+        assert torch.equal(out, moe_ops.fused_moe(**arguments))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
 def make_module(device: str) -> moe_ops.FusedMoE:
     torch.manual_seed(0)
     return moe_ops.FusedMoE(32, 24, 6, 2, bias=True, device=device)
