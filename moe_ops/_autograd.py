@@ -310,17 +310,36 @@ _library.impl("fused_moe.out", _fused_moe_out, "Autograd", with_keyset=True)
 _library.impl("fused_moe.out", _fused_moe_out_version, "ADInplaceOrView", with_keyset=True)
 
 
-def _autocast_rule(device: str, key: str):
-    # register_autocast would cast the routing weights too.
+def _autocast_rules(device: str, key: str):
+    # register_autocast would cast the routing weights too, and inputs that are to raise.
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def fused_moe(x, w1, w2, *args, **kwargs):
-        dtype = torch.get_autocast_dtype(device)
+    def operand(tensor):
+        is_float = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        return tensor.to(torch.get_autocast_dtype(device)) if is_float else tensor
+
+    def bias(tensor):
+        # A float32 one is added as it is.
+        return tensor if tensor is None or tensor.dtype == torch.float32 else operand(tensor)
+
+    def layer(operator):
+        def rule(x, w1, w2, topk_weights, topk_ids, b1=None, b2=None, *args, **kwargs):
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return operator(
+                    operand(x), operand(w1), operand(w2), topk_weights, topk_ids, bias(b1), bias(b2),
+                    *args, **kwargs,
+                )  # fmt: skip
+
+        return rule
+
+    def grouped_gemm(a, b, expert_offsets, bias_=None, **kwargs):
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return ops.fused_moe(x.to(dtype), w1.to(dtype), w2.to(dtype), *args, **kwargs)
+            return ops.grouped_gemm(operand(a), operand(b), expert_offsets, bias(bias_), **kwargs)
 
-    _library.impl("fused_moe", fused_moe, key)
+    _library.impl("fused_moe", layer(ops.fused_moe), key)
+    _library.impl("fused_moe.out", layer(ops.fused_moe.out), key)
+    _library.impl("grouped_gemm", grouped_gemm, key)
 
 
-_autocast_rule("cpu", "AutocastCPU")
-_autocast_rule("cuda", "AutocastCUDA")
+_autocast_rules("cpu", "AutocastCPU")
+_autocast_rules("cuda", "AutocastCUDA")

@@ -32,7 +32,8 @@ def fused_moe(
 
     For every slot (t, k) whose expert e = topk_ids[t, k] - expert_offset is held here:
     out[t] += topk_weights[t, k] * (activation(x[t] @ w1[e].T + b1[e]) @ w2[e].T + b2[e]).
-    Other slots, whatever their ids, add nothing.
+    Other slots, whatever their ids, add nothing. Under torch.autocast x, w1 and w2 are cast to its
+    dtype.
 
     Args:
         x: [T, H], float16, bfloat16 or float32.
@@ -142,6 +143,8 @@ def grouped_gemm(
     backend: str = "auto",
 ) -> Tensor:
     """Rows expert_offsets[e] : expert_offsets[e+1] of a times b[e].T (+ bias[e]).
+
+    Under torch.autocast a and b are cast to its dtype.
 
     Args:
         a: [M, K], float16, bfloat16 or float32.

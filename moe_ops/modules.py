@@ -147,10 +147,12 @@ class FusedMoE(nn.Module):
         """The layer.
 
         Args:
-            x: [..., H], in the parameters' dtype: float16, bfloat16 or float32.
+            x: [..., H], in the parameters' dtype: float16, bfloat16 or float32. Under torch.autocast
+                in any of the three: the experts' products take its dtype, the router float32.
 
         Returns:
-            The weighted sum of the chosen experts, with x's shape and dtype.
+            The weighted sum of the chosen experts, with x's shape and dtype; under autocast with
+            its dtype.
 
         Raises:
             ValueError: the last dimension of x isn't hidden_size.
