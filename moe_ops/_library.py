@@ -28,6 +28,7 @@ def load() -> None:
             f"simple_moe's compiled library can't be loaded ({error}). It needs torch >= 2.10, this"
             f" is {torch.__version__}: {_WHAT_TO_RUN}"
         ) from error
+    build_info()  # Any library can be loaded: this one says what it is.
 
 
 @functools.cache

@@ -1,9 +1,17 @@
-"""The two programs: python -m moe_ops and python -m moe_ops.demo."""
+"""The two programs, python -m moe_ops and python -m moe_ops.demo, and what import says."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+from helpers import needs_compiler
 
+import moe_ops
 from moe_ops import __main__ as program
 from moe_ops import demo
 
@@ -42,3 +50,47 @@ def test_demo_refuses_no_steps(capsys):
     with pytest.raises(SystemExit):
         demo.main(["--steps", "0"])
     assert "--steps" in capsys.readouterr().err
+
+
+def import_error(folder: Path, library: Path | None) -> str:
+    """What a copy of the package says with this file in the place of its library."""
+    package = folder / "moe_ops"
+    shutil.copytree(Path(moe_ops.__file__).parent, package, ignore=shutil.ignore_patterns("*.so"))
+    if library:
+        shutil.copy(library, package / "libsimple_moe.so")
+    command = [sys.executable, "-c", "import moe_ops"]
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_import_without_the_library(tmp_path):
+    message = import_error(tmp_path, None)
+    assert message.startswith("ImportError: simple_moe's compiled library is missing")
+    assert "pip install" in message
+
+
+def test_import_with_a_file_that_is_no_library(tmp_path):
+    garbage = tmp_path / "garbage"
+    garbage.write_bytes(b"no library")
+    message = import_error(tmp_path, garbage)
+    assert message.startswith("ImportError: simple_moe's compiled library can't be loaded")
+    assert torch.__version__ in message and "pip install" in message
+
+
+@needs_compiler
+def test_import_with_somebody_elses_library(tmp_path):
+    source = tmp_path / "other.c"
+    source.write_text("int other(void) { return 0; }\n")
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    library = tmp_path / "other.so"
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    message = import_error(tmp_path, library)
+    assert message.startswith("ImportError:") and "isn't simple_moe's library" in message
