@@ -425,10 +425,9 @@ void fused_moe_out(const Tensor& x, const Tensor& w1, const Tensor& w2, const Te
   const Tensor written = checked_run(arguments, [&](const Checks& check, const Layer& layer) {
     check.shape("out", out, {layer.tokens, layer.hidden}, "(T, H)");
     const DType dtype = check.floating("out", out);
-    for (int64_t d = 0; d < 2; ++d) {
-      check.that(out.size(d) <= 1 || out.stride(d) > 0, "out has stride 0 in dimension ", d,
-                 ", expected every element to have a place of its own");
-    }
+    check.that(out.numel() == 0 || lie_apart(out), "out has strides [", out.stride(0), ", ",
+               out.stride(1), "] for shape ", shape_of(out),
+               ", expected rows, or columns, that don't overlap");
     if (out.is_contiguous()) return out;
     return empty(out, {layer.tokens, layer.hidden}, scalar_type_of(dtype));
   });

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
+
 #include "checks.h"
 
 namespace simple_moe {
@@ -41,6 +43,16 @@ ExpertMatrices expert_matrices_of(const Tensor& t) {
   const int64_t inner = rows > 1 ? row_stride : 1;
   if (inner == 1 && col_stride >= rows) return {t, data, expert_stride, 1, col_stride};
   return expert_matrices_of(contiguous_of(t));
+}
+
+bool lie_apart(const Tensor& t) {
+  const int64_t rows = t.size(0), columns = t.size(1);
+  // The stride of a size of 1 may be anything: as if it were larger than any other.
+  constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+  const int64_t row_stride = rows > 1 ? t.stride(0) : kAny;
+  const int64_t col_stride = columns > 1 ? t.stride(1) : kAny;
+  return (col_stride > 0 && row_stride > (columns - 1) * col_stride) ||
+         (row_stride > 0 && col_stride > (rows - 1) * row_stride);
 }
 
 bool overlap(const Tensor& a, const Tensor& b) {

@@ -44,6 +44,10 @@ struct ExpertMatrices {
 };
 ExpertMatrices expert_matrices_of(const Tensor& t);
 
+// Whether the rows, or the columns, of a matrix begin past each other's ends, so that every element
+// has a place of its own.
+bool lie_apart(const Tensor& t);
+
 // Whether some byte may belong to both.
 bool overlap(const Tensor& a, const Tensor& b);
 

@@ -42,6 +42,25 @@ class _Checks:
     def positive(self, name: str, tensor: Tensor, size, what: str) -> None:
         self.that(size >= 1, f"{name} has shape {list(tensor.shape)}, expected {what} >= 1")
 
+    def countable(self, name: str, tensor: Tensor, count, what: str) -> None:
+        # A size that isn't known yet is not to be bound by asking.
+        if isinstance(count, int):
+            self.that(count < 2**31,
+                      f"{name} has shape {list(tensor.shape)}, expected {what} < 2**31")  # fmt: skip
+
+    def lies_apart(self, name: str, tensor: Tensor) -> None:
+        rows, columns = tensor.shape
+        row_stride, col_stride = tensor.stride()
+        if rows > 1 and columns > 1:
+            apart = (col_stride > 0 and row_stride > (columns - 1) * col_stride) or (
+                row_stride > 0 and col_stride > (rows - 1) * row_stride
+            )
+        else:  # The stride of a size of 1 may be anything.
+            apart = (rows <= 1 or row_stride > 0) and (columns <= 1 or col_stride > 0)
+        self.that(tensor.numel() == 0 or apart,
+                  f"{name} has strides {list(tensor.stride())} for shape {list(tensor.shape)},"
+                  " expected rows, or columns, that don't overlap")  # fmt: skip
+
     def one_of(self, name: str, value: str, names) -> None:
         self.that(value in names, f"{name} is '{value}', expected one of {', '.join(names)}")
 
@@ -74,6 +93,7 @@ def _check_layer(x, w1, w2, topk_weights, topk_ids, b1, b2, tensors, *, activati
     topk = topk_weights.shape[1]
     check.shape("topk_weights", topk_weights, tokens, topk)
     check.positive("topk_weights", topk_weights, topk, "K")
+    check.countable("topk_weights", topk_weights, tokens * topk, "T * K")
     check.dtype("topk_weights", topk_weights, *FLOATS)
     check.shape("topk_ids", topk_ids, tokens, topk)
     check.dtype("topk_ids", topk_ids, torch.int32, torch.int64)
@@ -130,6 +150,7 @@ def _(x, w1, w2, topk_weights, topk_ids, b1=None, b2=None, expert_alpha=None, ex
     _check_backend(check, backend, batch_invariant)
     check.shape("out", out, *x.shape)
     check.dtype("out", out, *FLOATS)
+    check.lies_apart("out", out)
 
 
 @register_fake("simple_moe::topk_route")
@@ -140,6 +161,7 @@ def _(router_logits, topk, correction_bias=None, *, scoring="softmax", renormali
     check.dtype("router_logits", router_logits, *FLOATS)
     tokens, experts = router_logits.shape
     check.positive("router_logits", router_logits, experts, "E")
+    check.countable("router_logits", router_logits, experts, "E")
     if correction_bias is not None:
         check.shape("correction_bias", correction_bias, experts)
         check.dtype("correction_bias", correction_bias, *FLOATS)
@@ -149,6 +171,7 @@ def _(router_logits, topk, correction_bias=None, *, scoring="softmax", renormali
                f"topk_groups is {topk_groups}, expected 1 to {num_groups}")  # fmt: skip
     choices = experts // num_groups * topk_groups
     check.that(1 <= topk <= choices, f"topk is {topk}, expected 1 to {choices}")
+    check.countable("router_logits", router_logits, tokens * topk, "T * topk")
     check.one_of("scoring", scoring, SCORINGS)
     shape = (tokens, topk)
     return (router_logits.new_empty(shape, dtype=torch.float32),
@@ -160,8 +183,10 @@ def _(topk_ids, num_experts, expert_offset=0):
     check = _Checks("sort_by_expert", topk_ids, "topk_ids")
     check.dims("topk_ids", topk_ids, 2)
     check.dtype("topk_ids", topk_ids, torch.int32, torch.int64)
-    check.that(num_experts >= 1, f"num_experts is {num_experts}, expected at least 1")
     slots = topk_ids.shape[0] * topk_ids.shape[1]
+    check.countable("topk_ids", topk_ids, slots, "T * K")
+    check.that(1 <= num_experts < 2**31 - 1,
+               f"num_experts is {num_experts}, expected 1 to 2**31 - 2")  # fmt: skip
     return (topk_ids.new_empty(num_experts + 1, dtype=torch.int32),
             topk_ids.new_empty(slots, dtype=torch.int32))  # fmt: skip
 
@@ -171,6 +196,7 @@ def _(a, b, expert_offsets, bias=None, *, output_dtype=None, backend="auto"):
     check = _Checks("grouped_gemm", a, "a")
     check.dims("a", a, 2)
     check.dtype("a", a, *FLOATS)
+    check.countable("a", a, a.shape[0], "M")
     check.dims("b", b, 3)
     experts, n, _ = b.shape
     check.shape("b", b, experts, n, a.shape[1])
@@ -191,6 +217,7 @@ def _(a, b, expert_offsets, *, output_dtype=None):
     check = _Checks("grouped_gemm_wgrad", a, "a")
     check.dims("a", a, 2)
     check.dtype("a", a, *FLOATS)
+    check.countable("a", a, a.shape[0], "M")
     check.dims("b", b, 2)
     check.shape("b", b, a.shape[0], b.shape[1])
     check.dtype("b", b, a.dtype)
@@ -207,9 +234,11 @@ def _(expert_out, topk_weights, sorted_slots, expert_offsets, *, output_dtype=No
     check = _Checks("combine", expert_out, "expert_out")
     check.dims("expert_out", expert_out, 2)
     check.dtype("expert_out", expert_out, *FLOATS)
+    check.countable("expert_out", expert_out, expert_out.shape[0], "M")
     check.dims("topk_weights", topk_weights, 2)
     check.dtype("topk_weights", topk_weights, *FLOATS)
     check.positive("topk_weights", topk_weights, topk_weights.shape[1], "K")
+    check.countable("topk_weights", topk_weights, topk_weights.numel(), "T * K")
     check.shape("sorted_slots", sorted_slots, expert_out.shape[0])
     check.dtype("sorted_slots", sorted_slots, torch.int32)
     check.dims("expert_offsets", expert_offsets, 1)

@@ -38,6 +38,13 @@ def combine(device):
     return CombineCase(MoeCase()).arguments(device)
 
 
+def repeated(tensor, dim, size):
+    """Of a size that takes no memory."""
+    shape = list(tensor.shape)
+    shape[dim] = size
+    return tensor.narrow(dim, 0, 1).expand(shape)
+
+
 # operator: (arguments, {argument: changes, each of which must raise and name the argument}).
 # A change makes the bad value from the good one and all the others.
 BAD = {
@@ -70,6 +77,7 @@ BAD = {
                 lambda w, a: w.flatten(),
                 lambda w, a: w.double(),
                 lambda w, a: w.int(),
+                lambda w, a: repeated(w, 1, 2**27),
             ],
             "topk_ids": [
                 lambda i, a: i[:-1],
@@ -94,6 +102,11 @@ BAD = {
                 lambda _, a: torch.empty_like(a["x"])[:-1],
                 lambda _, a: torch.empty_like(a["x"])[:, :-1],
                 lambda _, a: torch.empty_like(a["x"], dtype=torch.float64),
+                lambda _, a: torch.empty_like(a["x"][:1]).expand_as(a["x"]),
+                lambda _, a: torch.empty_like(a["x"][:, :1]).expand_as(a["x"]),
+                lambda _, a: torch.empty_like(a["x"]).as_strided(a["x"].shape, (1, 1)),
+                lambda _, a: torch.empty_like(a["x"]).as_strided(a["x"].shape, (63, 1)),
+                lambda _, a: torch.empty_like(a["x"]).as_strided(a["x"].shape, (1, 16)),
             ],
         },
     ),
@@ -105,6 +118,7 @@ BAD = {
                 lambda x, a: x.int(),
                 lambda x, a: x.double(),
                 lambda x, a: x[:, :0],
+                lambda x, a: repeated(x, 0, 2**29),
             ],
             "topk": [lambda _, a: 0, lambda _, a: -1, lambda _, a: 9, lambda _, a: 17],
             "scoring": [lambda _, a: "tanh"],
@@ -116,14 +130,23 @@ BAD = {
     "sort_by_expert": (
         sort,
         {
-            "topk_ids": [lambda i, a: i.float(), lambda i, a: i.flatten()],
-            "num_experts": [lambda _, a: 0, lambda _, a: -1],
+            "topk_ids": [
+                lambda i, a: i.float(),
+                lambda i, a: i.flatten(),
+                lambda i, a: repeated(i, 0, 2**30),
+            ],
+            "num_experts": [lambda _, a: 0, lambda _, a: -1, lambda _, a: 2**31 - 1],
         },
     ),
     "grouped_gemm": (
         gemm,
         {
-            "a": [lambda t, a: t[0], lambda t, a: t[:, :-1], lambda t, a: t.double()],
+            "a": [
+                lambda t, a: t[0],
+                lambda t, a: t[:, :-1],
+                lambda t, a: t.double(),
+                lambda t, a: repeated(t, 0, 2**31),
+            ],
             "b": [lambda t, a: t[0], lambda t, a: t[:, :, :-1], lambda t, a: t.half()],
             "expert_offsets": [
                 lambda t, a: t[:-1],
@@ -138,7 +161,12 @@ BAD = {
     "grouped_gemm_wgrad": (
         wgrad,
         {
-            "a": [lambda t, a: t[0], lambda t, a: t[:-1], lambda t, a: t.double()],
+            "a": [
+                lambda t, a: t[0],
+                lambda t, a: t[:-1],
+                lambda t, a: t.double(),
+                lambda t, a: repeated(t, 0, 2**31),
+            ],
             "b": [lambda t, a: t[0], lambda t, a: t[:-1], lambda t, a: t.half()],
             "expert_offsets": [
                 lambda t, a: t[:0],
@@ -151,8 +179,16 @@ BAD = {
     "combine": (
         combine,
         {
-            "expert_out": [lambda t, a: t[0], lambda t, a: t.double()],
-            "topk_weights": [lambda t, a: t.flatten(), lambda t, a: t.int()],
+            "expert_out": [
+                lambda t, a: t[0],
+                lambda t, a: t.double(),
+                lambda t, a: repeated(t, 0, 2**31),
+            ],
+            "topk_weights": [
+                lambda t, a: t.flatten(),
+                lambda t, a: t.int(),
+                lambda t, a: repeated(t, 0, 2**30),
+            ],
             "sorted_slots": [
                 lambda t, a: t[:-1],
                 lambda t, a: t[None],

@@ -124,6 +124,28 @@ def test_out_is_written_and_returned(output_dtype, device):
     assert torch.equal(out, expected)
 
 
+def test_out_of_any_layout(device):
+    """Written in place whatever lies between its elements, which stays as it was."""
+    arguments = MoeCase().arguments(device)
+    expected = moe_ops.fused_moe(**arguments)
+    tokens, hidden = expected.shape
+    for shape, view in [
+        ((tokens, 2 * hidden), lambda t: t[:, ::2]),
+        ((tokens, 2 * hidden - 1), lambda t: t[:, ::2]),
+        ((2 * tokens, hidden + 3), lambda t: t[::2, 3:]),
+        ((hidden, tokens + 1), lambda t: t[:, 1:].T),
+    ]:
+        storage = torch.full(shape, 7.0, device=device)
+        moe_ops.fused_moe(**arguments, out=view(storage))
+        assert torch.equal(view(storage), expected)
+        view(storage).fill_(7.0)
+        assert (storage == 7.0).all()
+    for tokens in (0, 1):  # A stride that is never taken may be 0.
+        arguments = MoeCase(tokens=tokens).arguments(device)
+        out = torch.empty(hidden, device=device).expand(tokens, hidden)
+        assert torch.equal(moe_ops.fused_moe(**arguments, out=out), moe_ops.fused_moe(**arguments))
+
+
 def test_the_operator_itself(device):
     """torch.ops.simple_moe takes the same first five tensors, and defaults for all the rest."""
     arguments = MoeCase().arguments(device)
