@@ -198,6 +198,16 @@ class _Router(nn.Linear):
         with exact:
             return F.linear(x.float(), self.weight.float())
 
+    def _apply(self, fn, recurse=True):
+        """module.bfloat16() and the like: the correction bias moves along, but isn't rounded."""
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if before is not None:
+            after = self.e_score_correction_bias
+            if after.dtype != torch.float32:
+                self.e_score_correction_bias = before.to(after.device)
+        return self
+
     def reset_parameters(self) -> None:
         super().reset_parameters()
         # Absent while nn.Linear's own constructor runs.

@@ -100,6 +100,23 @@ def test_correction_bias_is_a_float32_buffer(device):
     assert "gate.e_score_correction_bias" not in dict(module.named_parameters())
 
 
+def test_correction_bias_stays_float32(device):
+    module = FusedMoE(8, 8, 4, 2, correction_bias=True)
+    values = module.gate.e_score_correction_bias.normal_().clone()
+    for convert in (
+        lambda m: m.bfloat16(),
+        lambda m: m.to(device, torch.float16),
+        lambda m: m.double(),
+        lambda m: m.to(torch.zeros(1, dtype=torch.float32, device=device)),
+    ):
+        convert(module)
+        bias = module.gate.e_score_correction_bias
+        assert bias.dtype == torch.float32 and torch.equal(bias.cpu(), values)
+        assert bias is module.state_dict(keep_vars=True)["gate.e_score_correction_bias"]
+    assert bias.device.type == device == module.gate.weight.device.type
+    assert module(torch.randn(3, 8, device=device)).shape == (3, 8)
+
+
 def test_ranks_sum_to_the_layer(device):
     torch.manual_seed(0)
     whole = FusedMoE(32, 24, 8, 3, bias=True, device=device)
