@@ -31,6 +31,36 @@ def test_report_for_programs(device, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] and {c["operator"] for c in report["checks"]} == OPERATORS
     assert all(t["fused_us"] > 0 for t in report["timings"])
+    backends = report["device"]["backends"]
+    assert backends[0] == "auto" and set(backends) <= set(report["build"]["backends"])
+    if device == "cpu":
+        assert backends == ["auto"]
+
+
+@pytest.mark.parametrize("operator, output", [("topk_route", 1), ("sort_by_expert", 0)])
+def test_one_wrong_integer_is_found(operator, output, monkeypatch):
+    original = getattr(moe_ops, operator)
+
+    def wrong(*args):
+        outputs = original(*args)
+        outputs[output][-1:].add_(1)
+        return outputs
+
+    monkeypatch.setattr(moe_ops, operator, wrong)
+    failed = {c["operator"] for c in program.run_checks("cpu") if not c["passed"]}
+    assert operator in failed
+
+
+def test_every_dtype_is_routed(monkeypatch):
+    original, seen = moe_ops.topk_route, set()
+
+    def route(logits, topk):
+        seen.add(logits.dtype)
+        return original(logits, topk)
+
+    monkeypatch.setattr(moe_ops, "topk_route", route)
+    program.run_checks("cpu")
+    assert seen == set(program.ALLOWED)
 
 
 def test_a_failing_check_is_said(monkeypatch, capsys):
