@@ -11,12 +11,29 @@ import torch
 # norm(out - reference) / norm(reference), as promised for each dtype.
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 DTYPES = list(TOLERANCE)
+# No element may be further off than so many times that, by its own size and the others' together.
+ELEMENTWISE = 5
 # Checks in C++ raise RuntimeError, checks in Python what fits best.
 BAD_INPUT = (RuntimeError, ValueError, TypeError)
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
 )
+
+
+def worst_element(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest |out - expected| over the element's size plus that of its row or, where the row
+    is small, of all. (One wholly wrong element of many thousands doesn't show in the norm.)
+    """
+    if expected.numel() == 0:
+        return 0.0
+    expected = expected.double()
+    size = expected.square().nanmean(dim=-1, keepdim=True) if expected.dim() else expected.square()
+    size = torch.maximum(size, expected.square().nanmean()).sqrt()
+    if expected.numel() < 256:  # As in relative_error.
+        size = size.clamp(min=1)
+    error = (out.double() - expected).abs() / (expected.abs() + size)
+    return error.nan_to_num(0.0).max().item()
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -45,6 +62,8 @@ def assert_accurate(
     assert torch.equal(out.isnan(), is_nan), f"{what}: NaN elsewhere than in the reference"
     error = relative_error(out[~is_nan], expected[~is_nan])
     assert error < tolerance, f"{what}: relative error {error:.2e}, allowed {tolerance:.0e}"
+    error, allowed = worst_element(out, expected), ELEMENTWISE * tolerance
+    assert error <= allowed, f"{what}: an element is off by {error:.2e}, allowed {allowed:.0e}"
 
 
 def assert_same_bits(a: torch.Tensor, b: torch.Tensor, what: str = "output") -> None:
