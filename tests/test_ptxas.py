@@ -8,9 +8,14 @@ import pytest
 from moe_ops._library import build_info
 
 ROOT = Path(__file__).parents[1]
-REPORTS = sorted(ROOT.glob("build/csrc/cuda/*.ptxas.txt"))
+# Of the sources that there are: a report may outlive its source.
+REPORTS = [
+    ROOT / "build" / f"{source.relative_to(ROOT)}.o.ptxas.txt"
+    for source in sorted(ROOT.glob("csrc/cuda/**/*.cu"))
+]
 needs_reports = pytest.mark.skipif(
-    not REPORTS, reason="needs the folder build/ of a build with nvcc"
+    not any(report.exists() for report in REPORTS),
+    reason="needs the folder build/ of a build with nvcc",
 )
 
 
@@ -29,8 +34,6 @@ def test_no_kernel_spills_or_has_a_stack_frame():
 
 @needs_reports
 def test_every_source_was_compiled_for_every_target():
-    sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
-    assert {r.name for r in REPORTS} == {f"{s.name}.o.ptxas.txt" for s in sources}
     machine_code = [t for t in build_info()["cuda_targets"] if t.startswith("sm_")]
     for report in REPORTS:
         assert set(re.findall(r"for '(sm_\w+)'", report.read_text())) == set(machine_code)
