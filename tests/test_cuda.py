@@ -10,12 +10,45 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import DTYPES, TOLERANCE, assert_accurate, assert_same_bits, require_gradients
-from strategies import MoeCase, RouteCase
+from strategies import CombineCase, GemmCase, MoeCase, RouteCase
 
 import moe_ops
 from moe_ops import reference
 
 LAYER = MoeCase(tokens=65, topk=3, experts=8, hidden=264, intermediate=130, bias="float32")
+
+BFLOAT16 = LAYER.but(dtype=torch.bfloat16)
+# operator: (its arguments, those that get a gradient)
+OPERATORS = {
+    "fused_moe": (BFLOAT16.arguments, ["x", "w1", "w2", "b1", "b2", "topk_weights"]),
+    "topk_route": (
+        RouteCase(correction_bias="normal", num_groups=4, topk_groups=2).arguments,
+        ["router_logits"],
+    ),
+    "sort_by_expert": (
+        lambda device: {"topk_ids": LAYER.tensors(device)["topk_ids"], "num_experts": 8},
+        [],
+    ),
+    "grouped_gemm": (
+        GemmCase(rows=90, bias="float32", dtype=torch.bfloat16).arguments,
+        ["a", "b", "bias"],
+    ),
+    "grouped_gemm_wgrad": (GemmCase(rows=90, dtype=torch.bfloat16).wgrad_arguments, ["a", "b"]),
+    "combine": (CombineCase(BFLOAT16).arguments, ["expert_out", "topk_weights"]),
+}
+operators = pytest.mark.parametrize("operator", OPERATORS)
+
+
+def forward_and_backward(operator: str, arguments: dict, leaves: list) -> list[torch.Tensor]:
+    """The outputs, and the gradients of their sum."""
+    out = getattr(moe_ops, operator)(**arguments)
+    outputs = [out] if isinstance(out, torch.Tensor) else list(out)
+    if not leaves:
+        return outputs
+    differentiable = [o for o in outputs if o.requires_grad]
+    ones = [torch.ones_like(o) for o in differentiable]
+    gradients = torch.autograd.grad(differentiable, leaves, ones)
+    return [o.detach() for o in outputs] + list(gradients)
 
 
 def whole_layer(x, logits, w1, w2):
@@ -47,39 +80,35 @@ def test_a_graph_follows_new_routing_and_weights(tokens, dtype, cuda):
         assert_same_bits(out, whole_layer(*static))
 
 
-def test_backward_in_a_graph(cuda):
-    arguments = LAYER.but(dtype=torch.bfloat16).arguments(cuda)
-    leaves = require_gradients(arguments, ["x", "w1", "w2", "b1", "b2", "topk_weights"])
-
-    def step():
-        out = moe_ops.fused_moe(**arguments)
-        return torch.autograd.grad(out, leaves, torch.ones_like(out))
-
+@operators
+def test_forward_and_backward_in_a_graph(operator, cuda):
+    make, names = OPERATORS[operator]
+    arguments = make(cuda)
+    leaves = require_gradients(arguments, names)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        expected = step()
+        expected = forward_and_backward(operator, arguments, leaves)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = step()
+        got = forward_and_backward(operator, arguments, leaves)
+    for tensor in got:
+        tensor.fill_(-7)
     graph.replay()
     for a, b in zip(got, expected, strict=True):
         assert_same_bits(a, b)
 
 
-def test_never_waits_for_the_device(cuda):
-    case = LAYER.but(dtype=torch.bfloat16)
-    arguments = case.arguments(cuda)
-    leaves = require_gradients(arguments, ["x", "w1", "w2", "topk_weights"])
-    logits = RouteCase().arguments(cuda)
-    grad = torch.ones(case.tokens, case.hidden, device=cuda, dtype=case.dtype)
+@operators
+def test_never_waits_for_the_device(operator, cuda):
+    make, names = OPERATORS[operator]
+    arguments = make(cuda)
+    leaves = require_gradients(arguments, names)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = moe_ops.fused_moe(**arguments)
-        torch.autograd.grad(out, leaves, grad)
-        moe_ops.topk_route(**logits)
+        forward_and_backward(operator, arguments, leaves)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
 
@@ -194,9 +223,18 @@ print("right")
 """
 
 
-@pytest.mark.parametrize("gpu", ["sms=108,smem_kb=163", "sms=128,smem_kb=99", "sms=1,smem_kb=99"])
+@pytest.mark.parametrize(
+    "gpu",
+    [
+        "sms=108,smem_kb=163",
+        "sms=128,smem_kb=99",
+        "sms=1,smem_kb=99",
+        "early_launch=0",
+        "sms=108,smem_kb=163,early_launch=0",
+    ],
+)
 def test_the_limits_of_other_gpus(gpu, cuda):
-    """An A100's, an RTX 4090's, and a GPU of one multiprocessor."""
+    """An A100's, an RTX 4090's, a GPU of one multiprocessor; kernels that start early or don't."""
     result = subprocess.run(
         [sys.executable, "-c", SMALL],
         env={**os.environ, "SIMPLE_MOE_TEST_DEVICE": gpu},
