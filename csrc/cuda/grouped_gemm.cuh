@@ -47,7 +47,7 @@ struct GemmShape {
   static constexpr int kQueueAt = kStagedAt + kShape.warps() * kStagedBytes;
   static_assert(kRowsOfWarp % 16 == 0 && kColsOfWarp % 16 == 0, "fragments are 16 x 16");
   static_assert(kPass % 16 == 0 && kCols % kPass == 0, "a thread copies gates or ups, not both");
-  static_assert(kDepth % 32 == 0, "fragments take turns in two sets of registers");
+  static_assert(kDepth % 32 == 0, "fragments of b take turns in two sets of registers");
 
   // Where vector `vector` of a line lies. Lines 8 apart are permuted alike, so that fragments of
   // further lines lie at a fixed distance, and of the next 16 of k at a fixed XOR.
@@ -72,6 +72,12 @@ __device__ __forceinline__ int64_t row_of_line(const GroupedGemm& p, const Item&
   return is_gated(p.activation.kind) ? branch_row(p, column, line % 16 >= 8) : column;
 }
 
+// From the copier to the others: the block's item of that number.
+template <typename Shape>
+__device__ __forceinline__ Item& queued(unsigned number) {
+  return reinterpret_cast<Item*>(ptx::dynamic_smem() + Shape::kQueueAt)[number % Shape::kQueue];
+}
+
 // Copies the operands of a block's items into the ring, step by step: a thread takes one vector of
 // every kPass-th line.
 template <typename Shape>
@@ -79,8 +85,8 @@ class Copier {
  public:
   static constexpr int kPasses = Shape::kPassesA + Shape::kPassesB;
 
-  __device__ Copier(const GroupedGemm& p, const Items& items, Item* queue)
-      : p_(p), items_(items), queue_(queue), a_stride_(static_cast<uint32_t>(p.a_stride) * 2) {
+  __device__ explicit Copier(const GroupedGemm& p)
+      : p_(p), items_(p), a_stride_(static_cast<uint32_t>(p.a_stride) * 2) {
     begin_item();
   }
 
@@ -121,7 +127,7 @@ class Copier {
   __device__ void begin_item() {
     Item item{};
     const bool found = items_.next(item);
-    if (threadIdx.x == 0) queue_[begun_ % Shape::kQueue] = item;
+    if (threadIdx.x == 0) queued<Shape>(begun_) = item;
     ++begun_;
     k_ = vector() * kVector;
     a_ = static_cast<const char*>(p_.a) + k_ * 2;
@@ -147,8 +153,7 @@ class Copier {
   }
 
   const GroupedGemm& p_;
-  Items items_;
-  Item* queue_;
+  Items<Shape::kCols> items_;
   unsigned begun_ = 0;
   int k_;                              // of this thread's vector in the next step
   const char* a_;                      // there, in a's row 0
@@ -163,6 +168,7 @@ template <typename T, typename Shape>
 class WarpTile {
  public:
   static constexpr int kI = Shape::kI, kJ = Shape::kJ;
+  static constexpr int kWeights = (Shape::kRowsOfWarp + 31) / 32;
 
   __device__ static int row() {
     return static_cast<int>(threadIdx.x) / 32 / Shape::kWarpCols * Shape::kRowsOfWarp;
@@ -228,9 +234,15 @@ class WarpTile {
   }
 
   // Activation, routing weight, rounding, 16 rows and kPart groups of 8 columns at a time, through
-  // `staged`, this warp's own. `weights`: of the warp's rows `lane` and `lane` + 32.
-  __device__ void finish(const GroupedGemm& p, const Item& item, const float (&weights)[2],
-                         unsigned char* staged) const {
+  // `staged`, this warp's own.
+  __device__ void finish(const GroupedGemm& p, const Item& item, unsigned char* staged) const {
+    float weights[kWeights];  // of the warp's rows `lane`, `lane` + 32, ...
+#pragma unroll
+    for (int w = 0; w < kWeights; ++w) {
+      const int row_of_tile = row() + 32 * w + static_cast<int>(threadIdx.x) % 32;
+      const bool there = p.row_weights && row_of_tile < item.row_count;
+      weights[w] = there ? p.row_weights[item.row_begin + row_of_tile] : 1.0f;
+    }
     const bool gated = is_gated(p.activation.kind);
     const ActivationScalars scalars = scalars_of(p.activation, item.expert);
 #pragma unroll 1
@@ -240,8 +252,11 @@ class WarpTile {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int in_warp = i * 16 + half * 8 + threadIdx.x % 32 / 4;
-        weight[half] =
-            __shfl_sync(0xffffffffu, in_warp < 32 ? weights[0] : weights[1], in_warp % 32);
+#pragma unroll
+        for (int w = 0; w < kWeights; ++w) {
+          const float of_row = __shfl_sync(0xffffffffu, weights[w], in_warp % 32);
+          if (w == 0 || in_warp / 32 == w) weight[half] = of_row;
+        }
       }
 #pragma unroll 1
       for (int part = 0; part < kJ / kPart; ++part) {
@@ -305,7 +320,7 @@ class WarpTile {
     }
   }
 
-  static constexpr int kPart = kJ < 4 ? kJ : 4;
+  static constexpr int kPart = kJ % 4 == 0 ? 4 : 2;
 
   __device__ void copy_part(int i, int part, float (&values)[kPart][4]) const {
 #pragma unroll
@@ -353,16 +368,6 @@ class WarpTile {
   float acc_[kI][kJ][4];
   uint32_t a_[kI][4], b_[2][kJ / 2][4];
 };
-
-// Of the rows lane and lane + 32 of a warp's.
-__device__ __forceinline__ void read_row_weights(const GroupedGemm& p, const Item& item,
-                                                 int first_row, float (&weights)[2]) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = first_row + static_cast<int>(threadIdx.x) % 32 + 32 * i;
-    if (row < item.row_count) weights[i] = p.row_weights[item.row_begin + row];
-  }
-}
 
 // The slot being multiplied, and the one before it: just done with, it is to be filled.
 template <typename Shape>
@@ -422,8 +427,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const uint32_t ring = ptx::keep(ptx::smem_address(smem));
   unsigned char* const staged = smem + Shape::kStagedAt + threadIdx.x / 32 * Shape::kStagedBytes;
   const int steps = static_cast<int>((p.k + Shape::kDepth - 1) / Shape::kDepth);
-  Item* const queue = reinterpret_cast<Item*>(smem + Shape::kQueueAt);
-  Copier<Shape> copier(p, Items(p, Shape::kCols), queue);
+  Copier<Shape> copier(p);
   // The weights first: they wait neither for the kernel that writes `a` nor for the rows to be
   // found.
   const bool weights_first = steps >= Shape::kStages - 1;
@@ -446,20 +450,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   Cursor<Shape> cursor(ring);
 #pragma unroll 1
   for (unsigned number = 0;; ++number) {
-    const Item item = queue[number % Shape::kQueue];
+    const Item item = queued<Shape>(number);
     if (item.row_count == 0) break;
     const int warp_row = WarpTile<T, Shape>::row();
     if (Shape::kWarpRows == 1 || warp_row < item.row_count) {
       WarpTile<T, Shape> product;
       product.begin(p, item, staged);
       product.load_first(cursor.slot);
-      float weights[2] = {1.0f, 1.0f};
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
-        if (step == steps - 1 && p.row_weights) read_row_weights(p, item, warp_row, weights);
         multiply_step(product, copier, cursor);
       }
-      product.finish(p, item, weights, staged);
+      product.finish(p, item, staged);
     } else {
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {

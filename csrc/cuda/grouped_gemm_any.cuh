@@ -44,7 +44,7 @@ __device__ __forceinline__ void for_each_item(const GroupedGemm& p, bool out_ali
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
   unsigned char* const smem = ptx::dynamic_smem();
-  Items items(p, Shape::kCols);
+  Items<Shape::kCols> items(p);
   Item item;
   while (items.next(item)) {
     Product product;

@@ -33,12 +33,13 @@ struct GemmTile {
 
 // Of one height the best first, where it fits and there is enough to do.
 inline constexpr GemmTile kShapes[] = {
-    {16, 128, 64, 5, 1, 4, 2},  {16, 128, 64, 4, 1, 4, 2},  {16, 64, 64, 6, 1, 4, 3},
-    {32, 128, 64, 4, 1, 4, 2},  {32, 64, 64, 5, 1, 4, 3},   {64, 128, 64, 3, 2, 2, 2},
-    {128, 256, 64, 4, 2, 4, 1}, {128, 128, 64, 3, 2, 2, 2}, {128, 256, 64, 3, 2, 4, 1},
-    {128, 128, 32, 4, 2, 2, 2},
+    {192, 192, 64, 4, 2, 4, 1}, {128, 256, 64, 4, 2, 4, 1}, {128, 128, 64, 3, 2, 2, 2},
+    {128, 256, 64, 3, 2, 4, 1}, {128, 128, 32, 4, 2, 2, 2}, {64, 128, 64, 3, 2, 2, 2},
+    {32, 128, 64, 4, 1, 4, 2},  {32, 64, 64, 5, 1, 4, 3},   {16, 128, 64, 5, 1, 4, 2},
+    {16, 128, 64, 4, 1, 4, 2},  {16, 64, 64, 6, 1, 4, 3},
 };
 inline constexpr int kShapeCount = sizeof(kShapes) / sizeof(GemmTile);
+inline constexpr int kHighest = 0;
 
 // What of a product the choice depends on.
 struct ProductSize {
@@ -53,6 +54,13 @@ inline int64_t column_tiles(int64_t n, bool gated, int cols) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// How many of a shape's blocks run on a multiprocessor at once.
+inline int64_t resident_blocks(const GemmTile& tile, const DeviceInfo& device) {
+  if (tile.bytes() > static_cast<int64_t>(device.smem_per_block)) return 0;
+  const int64_t fit = static_cast<int64_t>(device.smem_per_sm) / (tile.bytes() + 1024);
+  return fit < tile.blocks ? fit : tile.blocks;
+}
+
 // The height for a layer's products, the least of whose columns are `columns`; the sweeps over
 // them.
 inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns,
@@ -60,11 +68,16 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns,
   const int64_t active = rows < experts ? rows : experts, mean = ceil_div(rows, active);
   RowTiles tiles;
   const auto most = [&](int height) { return rows / height + active; };
-  tiles.height = mean <= 12 ? 16 : mean <= 24 ? 32 : mean <= 64 ? 64 : 128;
+  // So much higher than the mean that most experts need one tile, as long as padding is cheap.
+  tiles.height = mean <= 12 ? 16 : mean <= 24 ? 32 : mean <= 48 ? 64 : 128;
+  // The highest has the fewest bytes from L2 for a product, but one block a multiprocessor alone:
+  // where k is long.
+  const bool fits = resident_blocks(kShapes[kHighest], device) > 0;
+  if (mean > 96 && columns >= 2048 && fits) tiles.height = kShapes[kHighest].rows;
   // Lower ones where there would be too few for the multiprocessors.
   while (tiles.height > 16 &&
          most(tiles.height) * ceil_div(columns, tiles.height > 32 ? 128 : 64) < device.sm_count) {
-    tiles.height /= 2;
+    tiles.height = tiles.height > 128 ? 128 : tiles.height / 2;
   }
   // No host knows the routing: every expert may end with a tile of its own.
   tiles.most = static_cast<int>(most(tiles.height));
@@ -72,15 +85,8 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns,
   // high ones a few, whose rows stay in L2.
   const int64_t of_expert = ceil_div(mean, tiles.height);
   tiles.group = static_cast<int>(of_expert < 16 ? of_expert : 16);
-  if (tiles.height == 128 && tiles.group < 4) tiles.group = 4;
+  if (tiles.height >= 128 && tiles.group < 4) tiles.group = 4;
   return tiles;
-}
-
-// How many of a shape's blocks run on a multiprocessor at once.
-inline int64_t resident_blocks(const GemmTile& tile, const DeviceInfo& device) {
-  if (tile.bytes() > static_cast<int64_t>(device.smem_per_block)) return 0;
-  const int64_t fit = static_cast<int64_t>(device.smem_per_sm) / (tile.bytes() + 1024);
-  return fit < tile.blocks ? fit : tile.blocks;
 }
 
 // Whether a product has enough to do for a shape.

@@ -80,7 +80,7 @@ __global__ void lay_kernel(const GroupedGemm p) {
 }
 
 __global__ void tiles_kernel(const GroupedGemm p, int* out, int column_tiles) {
-  cuda::Items items(p, 16);
+  cuda::Items<16> items(p);
   cuda::Item item;
   while (items.next(item)) {
     const int row = threadIdx.x;
