@@ -21,6 +21,11 @@ def main() -> None:
             (130, "padded", "skewed", 130),
             (700, "contiguous", "idle", 72),
             (300, "transposed", "uniform", 72),
+            # Row tiles of 16, 32, 64 and 128 in the kernel for whole vectors.
+            (60, "contiguous", "skewed", 264),
+            (160, "contiguous", "skewed", 264),
+            (400, "contiguous", "masked", 264),
+            (2000, "contiguous", "skewed", 72),
         ):
             case = MoeCase(
                 tokens=tokens, layout=layout, routing=routing, hidden=hidden, intermediate=72,

@@ -247,6 +247,7 @@ def gemms_of_whole_vectors(draw):
         out_padding=draw(st.sampled_from([0, 8])),
         misaligned=[],
         zero_other_rows=draw(st.booleans()),
+        columns=draw(st.sampled_from([None, 4096])),
     )
 
 
@@ -309,6 +310,7 @@ def gemm_places(case):
     return dict(
         offsets={x: out_size if x == "out" else size for x in case["misaligned"]},
         **{x: case[x] for x in ("out_dtype", "out_padding", "zero_other_rows")},
+        columns=case.get("columns"),
     )
 
 

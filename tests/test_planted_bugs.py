@@ -9,12 +9,17 @@ TOYS, ROUTE, SORT, COMBINE = (
     "csrc/cuda/combine.cu",
 )  # fmt: skip
 MMA = "csrc/cuda/mma_tile.cuh"
-SCAN, TILES = "csrc/cuda/block_scan.cuh", "csrc/cuda/expert_tiles.cuh"
+GEMM = "csrc/cuda/grouped_gemm.cuh"
+SCAN, TILES = "csrc/cuda/block_scan.cuh", "csrc/cuda/row_tiles.cuh"
 
 
 def toy_gemms(emulator):
     properties.test_toy_gemm(emulator, False)
     properties.test_toy_gemm(emulator, True)
+
+
+def whole_vectors(emulator):
+    properties.test_grouped_gemm_of_whole_vectors(emulator)
 
 
 # name: the file, its text, the bug in its place, the test that must fail.
@@ -32,19 +37,51 @@ PLANTED = {
         SCAN, "__syncthreads();\n  int before = 0;", "int before = 0;", properties.test_toy_scan),
     "scan over its last readers": (
         SCAN, "__syncthreads();  // the last scan's readers are done", "",
-        properties.test_toy_tiles),
+        properties.test_sort_by_expert),
     "offsets not clamped": (
-        TILES, "offset > rows_ ? rows_ : offset", "offset", properties.test_toy_tiles),
+        TILES, "offset > rows ? rows : offset", "offset", properties.test_toy_tiles),
     "offsets not monotonic": (
-        TILES, "Max()(left, begin[i])", "begin[i]", properties.test_toy_tiles),
+        TILES, "Max()(reached, block_scan(offset, Max(), s.warp_totals, window_end))",
+        "(block_scan(offset, Max(), s.warp_totals, window_end), offset)",
+        properties.test_toy_tiles),
     "window not waited for": (
-        TILES, "}\n    __syncthreads();\n  }", "}\n  }", properties.test_toy_tiles),
+        TILES, "__syncthreads();\n    for (int tile", "for (int tile", properties.test_toy_tiles),
+    "last row of a tile forgotten": (
+        TILES, "left < height ? left : height", "left < height ? left - 1 : height",
+        properties.test_toy_tiles),
     "product before its copies": (
         MMA, "cp_async_wait<Shape::kStages - 2>", "cp_async_wait<Shape::kStages>",
         properties.test_grouped_gemm),
     "product before the others' copies": (
         MMA, "__syncthreads();  // This slot has landed", "// This slot has landed",
         properties.test_grouped_gemm),
+    "slot before its copies": (
+        GEMM, "cp_async_wait<Shape::kStages - 2>();\n  __syncthreads();\n  cursor",
+        "cp_async_wait<Shape::kStages>();\n  __syncthreads();\n  cursor", whole_vectors),
+    "slot before the others' copies": (
+        GEMM, "__syncthreads();\n  cursor.advance();", "cursor.advance();", whole_vectors),
+    "slot filled while it is multiplied": (
+        GEMM, "free = slot;", "free = slot + Shape::kSlotBytes;", whole_vectors),
+    "gates and ups swapped": (
+        GEMM, "branch_row(p, column, line % 16 >= 8)", "branch_row(p, column, line % 16 < 8)",
+        properties.test_grouped_gemm_activation),
+    "k past the end copied": (
+        GEMM, "const bool valid = k_ + ahead * Shape::kDepth < static_cast<int>(p_.k);",
+        "const bool valid = true; (void)ahead;", whole_vectors),
+    "rows past the last copied": (
+        GEMM, "a_passes_ = rows > 0 ? (rows + Shape::kPass - 1) / Shape::kPass : 0;",
+        "a_passes_ = Shape::kPassesA;", whole_vectors),
+    "columns past the last copied": (
+        GEMM, "(left + columns_of_pass - 1) / columns_of_pass", "Shape::kPassesB", whole_vectors),
+    "last rows not written": (
+        GEMM, "if (row_of_tile < item.row_count && column < p.n) {",
+        "if (row_of_tile + 1 < item.row_count && column < p.n) {", whole_vectors),
+    "rows of others written": (
+        GEMM, "if (row_of_tile < item.row_count && column < p.n) {",
+        "if (row_of_tile <= item.row_count && column < p.n) {", whole_vectors),
+    "staged rows not waited for": (
+        GEMM, "      __syncwarp();\n      if (gated) {\n        store", "      if (gated) {\n        store",
+        whole_vectors),
     "logit one too far": (
         ROUTE, "e < p.experts; e += 32) {\n    keys[e]", "e <= p.experts; e += 32) {\n    keys[e]",
         properties.test_topk_route),
@@ -53,14 +90,18 @@ PLANTED = {
         properties.test_topk_route),
     "NaN counted in the sum": (ROUTE, "if (term == term) sum_", "sum_", properties.test_topk_route),
     "counts not waited for": (
-        SORT, "__syncthreads();\n  sum_counts(", "sum_counts(", properties.test_sort_by_expert),
+        SORT, "__syncthreads();\n\n  int before = 0;  // of the bins", "int before = 0;  // of the bins",
+        properties.test_sort_by_expert),
+    "chunks' counts not carried on": (
+        SORT, "in_bin += __shfl_sync(kAll, upto, 31);", "in_bin = __shfl_sync(kAll, upto, 31);",
+        properties.test_sort_by_expert),
     "count changed while read": (
         SORT, "__syncwarp();  // all have read the count", "", properties.test_sort_by_expert),
     "last offset not written": (
-        SORT, "if (bin < bins) p.expert_offsets", "if (bin < p.experts) p.expert_offsets",
+        SORT, "p.expert_offsets[b] = begin[b];", "if (b < p.experts) p.expert_offsets[b] = begin[b];",
         properties.test_sort_by_expert),
     "slot's row not written": (
-        SORT, "if (p.slot_rows) p.slot_rows", "if (p.slot_rows && bin < p.experts) p.slot_rows",
+        SORT, "if (p.slot_rows) p.slot_rows", "if (p.slot_rows && bin[i] < p.experts) p.slot_rows",
         properties.test_sort_by_expert),
     "slot rows not cleared": (
         COMBINE, "if (slot < p.tokens * p.topk) p.slot_rows[slot] = -1;", "(void)slot;",

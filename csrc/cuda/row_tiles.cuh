@@ -57,7 +57,6 @@ __device__ __forceinline__ void lay_row_tiles(const int32_t* offsets, int64_t ex
       tiles.data[1 + tiles_before + tile] = {static_cast<int32_t>(first + low), row,
                                              left < height ? left : height, 0};
     }
-    __syncthreads();  // before the next window writes
     reached = Max()(reached, window_end);
     tiles_before += window_tiles;
   }

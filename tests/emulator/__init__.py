@@ -224,9 +224,9 @@ class Emulator:
     def grouped_gemm(self, a, b, expert_offsets, *, rows=None, bias=None, source_rows=None,
                      activation="identity", gate_layout="gate_up",
                      alpha=None, beta=None, limit=None, row_weights=None, out_dtype=None,
-                     out_padding=0, zero_other_rows=True, **machine):  # fmt: skip
-        """alpha, beta, limit: tensors, one value per expert. `out_padding`: elements between
-        rows."""
+                     out_padding=0, zero_other_rows=True, columns=None, **machine):  # fmt: skip
+        """alpha, beta, limit: tensors, one value per expert. `out_padding`: elements between rows.
+        `columns`: of the layer, for which the row tiles are planned."""
         experts, n, k = b.shape
         entry = reference.ACTIVATIONS[activation]
         n //= 2 if entry.gated else 1
@@ -239,7 +239,7 @@ class Emulator:
                        b_row_stride=b.stride(1), b_col_stride=b.stride(2),
                        activation=ACTIVATIONS.index(activation),
                        gate_layout=GATE_LAYOUTS.index(gate_layout), out_stride=n + out_padding,
-                       zero_other_rows=zero_other_rows,
+                       zero_other_rows=zero_other_rows, columns=columns or n,
                        **dict(alpha=0, beta=0, limit=0) | entry.defaults)  # fmt: skip
         out = torch.empty_strided((rows, n), (n + out_padding, 1), dtype=out_dtype or a.dtype)
         return self.run("grouped_gemm", scalars, inputs, dict(out=out), **machine)
