@@ -203,6 +203,27 @@ def test_rows_past_2_to_31_elements(cuda):
     assert not out[:-200].any()
 
 
+def test_long_inputs_go_in_chunks(cuda):
+    """The workspace stays under 4 GB, and every row has the bits it has alone."""
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB of free device memory")
+    tokens, hidden, intermediate, experts = 90_000, 4096, 14336, 2
+    x = torch.randn(tokens, hidden, device=cuda, dtype=torch.bfloat16)
+    w1 = torch.randn(experts, 2 * intermediate, hidden, device=cuda).div(64).bfloat16()
+    w2 = torch.randn(experts, hidden, intermediate, device=cuda).div(120).bfloat16()
+    ids = torch.randint(experts, (tokens, 2), device=cuda)
+    weights = torch.rand(tokens, 2, device=cuda)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = moe_ops.fused_moe(x, w1, w2, weights, ids)
+    assert torch.cuda.max_memory_allocated() - before < 4e9 + out.nbytes
+    for first in (0, 29_990, 59_990, 89_000):
+        rows = slice(first, first + 1000)
+        assert_same_bits(out[rows], moe_ops.fused_moe(x[rows], w1, w2, weights[rows], ids[rows]))
+    moe_ops.fused_moe(x, w1, w2, weights, ids, out=x)  # Overlaps an input: not in chunks.
+    assert_same_bits(x, out)
+
+
 SMALL = """
 import sys, torch
 sys.path.insert(0, "tests")
