@@ -153,7 +153,7 @@ def facts(results: dict) -> list[tuple[str, str]]:
     if results["host_us"]:
         host = results["host_us"]
         lines.append(
-            ("host, one eager call", f"{host['functional']} µs, {host['out']} µs with out=")
+            ("host, one operator call", f"{host['functional']} µs, {host['out']} µs with out=")
         )
     if "seconds" in about:
         lines.append(("time of the run", f"{about['seconds']:.0f} s"))

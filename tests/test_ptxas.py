@@ -19,6 +19,14 @@ needs_reports = pytest.mark.skipif(
 )
 
 
+# A kernel's name: the most bytes it may spill, and why.
+SPILLS = {
+    # The 192 x 192 tile leaves two to four registers too few for what is used once an item; the
+    # tile's fewer reads from L2 are worth it.
+    "GemmTileELi192ELi192ELi64": 16,
+}
+
+
 @needs_reports
 def test_no_kernel_spills_or_has_a_stack_frame():
     kernels = 0
@@ -27,7 +35,10 @@ def test_no_kernel_spills_or_has_a_stack_frame():
         found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", text)
         kernels += len(found)
         names = re.findall(r"Compiling entry function '(\w+)'", text)
-        bad = [n for n, f in zip(names, found, strict=True) if f != ("0", "0", "0")]
+        bad = [
+            n for n, f in zip(names, found, strict=True)
+            if max(map(int, f)) > max((most for k, most in SPILLS.items() if k in n), default=0)
+        ]  # fmt: skip
         assert not bad, f"{report.name}: {bad}"
     assert kernels
 
