@@ -39,9 +39,9 @@ bool Place::topk_route_needs_keys(const TopkRoute& p) const {
 int64_t Place::sort_by_expert_counts(int64_t slots, int64_t experts) const {
   return on_cuda() ? cuda::sort_by_expert_counts(slots, experts) : 0;
 }
-RowTiles Place::plan_row_tiles(DType dtype, int64_t rows, int64_t experts, int64_t columns) const {
+RowTiles Place::plan_row_tiles(int64_t rows, int64_t experts, int64_t columns) const {
   if (!on_cuda() || rows == 0 || columns == 0) return {};
-  return cuda::plan_row_tiles(dtype, rows, experts, columns);
+  return cuda::plan_row_tiles(rows, experts, columns);
 }
 void Place::row_tiles(const GroupedGemm& p) const {
   if (p.row_tiles.height > 0) cuda::row_tiles(p, stream());
@@ -49,7 +49,7 @@ void Place::row_tiles(const GroupedGemm& p) const {
 #else
 bool Place::topk_route_needs_keys(const TopkRoute&) const { return false; }
 int64_t Place::sort_by_expert_counts(int64_t, int64_t) const { return 0; }
-RowTiles Place::plan_row_tiles(DType, int64_t, int64_t, int64_t) const { return {}; }
+RowTiles Place::plan_row_tiles(int64_t, int64_t, int64_t) const { return {}; }
 void Place::row_tiles(const GroupedGemm&) const {}
 #endif
 

@@ -175,7 +175,7 @@ class Workspace {
   Workspace(const Place& place, const Layer& layer, int64_t tokens) {
     const int64_t slots = tokens * layer.topk, element = element_size(layer.dtype);
     const int64_t columns = layer.hidden < layer.intermediate ? layer.hidden : layer.intermediate;
-    tiles_ = place.plan_row_tiles(layer.dtype, slots, layer.experts, columns);
+    tiles_ = place.plan_row_tiles(slots, layer.experts, columns);
     expert_offsets_ = add(4 * (layer.experts + 1));
     row_tiles_ = add((tiles_.most + 1) * static_cast<int64_t>(sizeof(RowTile)));
     counts_ = add(4 * place.sort_by_expert_counts(slots, layer.experts));
@@ -334,6 +334,10 @@ int64_t tokens_of_chunk(const Arguments& a, const Place& place, const Layer& lay
   if (bytes <= kWorkspaceBytes) return layer.tokens;
   for (const Tensor* input : {&a.x, &a.w1, &a.w2, &a.topk_weights, &a.topk_ids}) {
     if (overlap(out, *input)) return layer.tokens;
+  }
+  for (const auto* input :
+       {&a.b1, &a.b2, &a.alpha.per_expert, &a.beta.per_expert, &a.limit.per_expert}) {
+    if (*input && overlap(out, **input)) return layer.tokens;
   }
   const int64_t chunks = (bytes + kWorkspaceBytes - 1) / kWorkspaceBytes;
   return (layer.tokens + chunks - 1) / chunks;

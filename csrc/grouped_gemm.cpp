@@ -38,7 +38,7 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
   const ExpertMatrices b_matrices = expert_matrices_of(b);
   const Tensor offsets = contiguous_of(expert_offsets);
   const auto biases = contiguous_of(bias);
-  RowTiles tiles = place.plan_row_tiles(dtype, rows, experts, n);
+  RowTiles tiles = place.plan_row_tiles(rows, experts, n);
   const Tensor tiles_memory =
       empty(a, {(tiles.most + 1) * static_cast<int64_t>(sizeof(RowTile))}, ScalarType::Byte);
   tiles.data = static_cast<RowTile*>(tiles_memory.mutable_data_ptr());

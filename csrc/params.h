@@ -118,7 +118,7 @@ struct GroupedGemm {
   const int32_t* expert_offsets;  // [experts + 1]; malformed ones are clamped (see row_range)
   const int32_t* source_rows;     // [rows] or null: row r of out is made of row r of a
   int64_t source_count;           // rows of a
-  RowTiles row_tiles;             // of the expert_offsets, at a height of row_tile_height()
+  RowTiles row_tiles;             // of the expert_offsets
   // Whether all inputs but `a` were written before the kernel that writes `a` started.
   bool only_a_is_new;
   const void* b;  // [experts, n or 2 n when gated, k]; one of the two strides is 1

@@ -165,6 +165,20 @@ def test_batch_invariant(cuda):
         assert_same_bits(moe_ops.fused_moe(**part, batch_invariant=True), whole[:count])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "misaligned", "transposed"])
+def test_the_highest_tiles(layout, cuda):
+    """Wide layers with many rows an expert, in both kernels; and their bits are the same."""
+    case = MoeCase(tokens=300, topk=2, experts=2, hidden=2048, intermediate=2048, bias="float32",
+                   dtype=torch.bfloat16, layout=layout)  # fmt: skip
+    arguments = case.arguments(cuda)
+    out = moe_ops.fused_moe(**arguments)
+    expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)
+    assert_accurate(out, expected, TOLERANCE[torch.bfloat16])
+    copies = {k: v.contiguous().clone() if isinstance(v, torch.Tensor) else v
+              for k, v in arguments.items()}  # fmt: skip
+    assert_same_bits(out, moe_ops.fused_moe(**copies))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_weights_past_2_to_31_elements(dtype, cuda):
     experts, rows, hidden = 140, 4096, 4096  # 2.3e9 elements; the last experts lie past 2**31

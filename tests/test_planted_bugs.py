@@ -9,7 +9,7 @@ TOYS, ROUTE, SORT, COMBINE = (
     "csrc/cuda/combine.cu",
 )  # fmt: skip
 MMA = "csrc/cuda/mma_tile.cuh"
-GEMM = "csrc/cuda/grouped_gemm.cuh"
+GEMM, ANY = "csrc/cuda/grouped_gemm.cuh", "csrc/cuda/grouped_gemm_any.cuh"
 SCAN, TILES = "csrc/cuda/block_scan.cuh", "csrc/cuda/row_tiles.cuh"
 
 
@@ -62,6 +62,8 @@ PLANTED = {
         GEMM, "__syncthreads();\n  cursor.advance();", "cursor.advance();", whole_vectors),
     "slot filled while it is multiplied": (
         GEMM, "free = slot;", "free = slot + Shape::kSlotBytes;", whole_vectors),
+    "high items not taken in pieces": (
+        ANY, "done += Shape::kRows", "done += whole.row_count", properties.test_grouped_gemm),
     "gates and ups swapped": (
         GEMM, "branch_row(p, column, line % 16 >= 8)", "branch_row(p, column, line % 16 < 8)",
         properties.test_grouped_gemm_activation),

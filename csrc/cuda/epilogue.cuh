@@ -25,7 +25,8 @@ __device__ __forceinline__ int64_t branch_row(const GroupedGemm& p, int64_t colu
 // activations stands once.
 __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert, int64_t first_row,
                                             int rows, int64_t first_column, int columns,
-                                            const float* product, int64_t pitch, bool aligned) {
+                                            const float* product, int64_t pitch, bool aligned,
+                                            bool add_bias) {
   const bool gated = is_gated(p.activation.kind);
   const int width = gated ? columns / 2 : columns;
   const int vectors = width / kVector;
@@ -45,7 +46,7 @@ __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert
 #pragma unroll
       for (int i = 0; i < kVector; ++i) up[i] = product[row * pitch + width + j + i];
     }
-    if (p.bias.data) {
+    if (add_bias && p.bias.data) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         if (i >= count) continue;

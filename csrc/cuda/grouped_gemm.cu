@@ -62,21 +62,16 @@ __global__ void __launch_bounds__(kThreads)
       staged[row * kPitch + j] = output < p.n ? product[(first + row) * width + from] : 0.0f;
     }
     __syncthreads();
-    finish_rows(p, expert, first_row + first, count, column, kColumns, staged, kPitch, aligned);
+    finish_rows(p, expert, first_row + first, count, column, kColumns, staged, kPitch, aligned,
+                /*add_bias=*/true);
     __syncthreads();
   }
 }
 
 }  // namespace
 
-RowTiles plan_row_tiles(DType dtype, int64_t rows, int64_t experts, int64_t columns) {
-  RowTiles tiles = plan_row_tiles(rows, experts, columns, device_info());
-  if (dtype == DType::kFloat32 && tiles.height > 64) {
-    // That kernel has tiles of one height. More of them than planned: the data is as long as most.
-    tiles.height = 64;
-    tiles.most = static_cast<int>(rows / 64 + (rows < experts ? rows : experts));
-  }
-  return tiles;
+RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns) {
+  return plan_row_tiles(rows, experts, columns, device_info());
 }
 
 void row_tiles(const GroupedGemm& p, cudaStream_t stream) {
@@ -89,8 +84,10 @@ void grouped_gemm(const GroupedGemm& p, cudaStream_t stream) {
   if (p.zero_other_rows) {
     launch(zero_other_rows_kernel, (p.rows + 3) / 4, kThreads, 0, stream, p);
   }
-  const bool whole_vectors = p.b_col_stride == 1 && p.out_dtype == p.dtype && p.k >= kVector &&
-                             p.k % kVector == 0 && p.n % kVector == 0 &&
+  // That kernel's strides are 32 bits wide.
+  const bool narrow = p.k < 1 << 30 && p.a_stride < 1 << 30 && p.b_row_stride < 1 << 24;
+  const bool whole_vectors = narrow && p.b_col_stride == 1 && p.out_dtype == p.dtype &&
+                             p.k >= kVector && p.k % kVector == 0 && p.n % kVector == 0 &&
                              rows_are_aligned(p.a, p.a_stride, p.dtype) &&
                              rows_are_aligned(p.b, p.b_row_stride, p.dtype) &&
                              rows_are_aligned(p.b, p.b_expert_stride, p.dtype) &&

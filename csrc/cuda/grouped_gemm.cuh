@@ -17,6 +17,8 @@
 // reaches memory.
 #pragma once
 
+#include <stdexcept>
+
 #include "device.h"
 #include "epilogue.cuh"
 #include "items.cuh"
@@ -488,6 +490,8 @@ void launch_shape(const GroupedGemm& p, int number, cudaStream_t stream) {
   if constexpr (kNumber < kShapeCount) {
     if (number == kNumber) return launch_one<T, kShapes[kNumber]>(p, stream);
     launch_shape<T, kNumber + 1>(p, number, stream);
+  } else {
+    throw std::runtime_error("simple_moe: no tile fits this GPU's shared memory, 99 KB are needed");
   }
 }
 

@@ -37,6 +37,17 @@ __device__ __forceinline__ int64_t weight_row(const GroupedGemm& p, int column_t
   return output < p.n ? branch_row(p, output, up) : -1;
 }
 
+// What a bias adds to the column of a tile's first product.
+template <int kCols>
+__device__ __forceinline__ float bias_of(const GroupedGemm& p, const Item& item, int column) {
+  const int64_t row = weight_row<kCols>(p, item.column_tile, column);
+  const int64_t rows_of_b = is_gated(p.activation.kind) ? 2 * p.n : p.n;
+  return row < 0 ? 0.0f : load_float(p.bias, item.expert * rows_of_b + row);
+}
+
+// Items may be higher than the product's tile: they are taken in pieces. `multiply` begins at the
+// bias, as the kernel for whole vectors does, so that a layer's bits don't depend on which of the
+// two a call gets.
 template <typename Product, typename Multiply>
 __device__ __forceinline__ void for_each_item(const GroupedGemm& p, bool out_aligned,
                                               const Multiply& multiply) {
@@ -45,18 +56,24 @@ __device__ __forceinline__ void for_each_item(const GroupedGemm& p, bool out_ali
   ptx::let_next_kernel_start();
   unsigned char* const smem = ptx::dynamic_smem();
   Items<Shape::kCols> items(p);
-  Item item;
-  while (items.next(item)) {
-    Product product;
-    multiply(product, item, smem);
-    const int width = is_gated(p.activation.kind) ? Shape::kCols / 2 : Shape::kCols;
-    product.stage(smem, [&](int first, const float* staged) {
-      const int left = item.row_count - first;
-      const int rows = left < Shape::kStagedRows ? left : Shape::kStagedRows;
-      finish_rows(p, item.expert, item.row_begin + first, rows,
-                  static_cast<int64_t>(item.column_tile) * width, Shape::kCols, staged,
-                  Shape::kPitch, out_aligned);
-    });
+  Item whole;
+  while (items.next(whole)) {
+    for (int done = 0; done < whole.row_count; done += Shape::kRows) {
+      Item item = whole;
+      item.row_begin += done;
+      item.row_count -= done;
+      if (item.row_count > Shape::kRows) item.row_count = Shape::kRows;
+      Product product;
+      multiply(product, item, smem);
+      const int width = is_gated(p.activation.kind) ? Shape::kCols / 2 : Shape::kCols;
+      product.stage(smem, [&](int first, const float* staged) {
+        const int left = item.row_count - first;
+        const int rows = left < Shape::kStagedRows ? left : Shape::kStagedRows;
+        finish_rows(p, item.expert, item.row_begin + first, rows,
+                    static_cast<int64_t>(item.column_tile) * width, Shape::kCols, staged,
+                    Shape::kPitch, out_aligned, /*add_bias=*/false);
+      });
+    }
   }
 }
 
@@ -66,6 +83,9 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
     grouped_gemm_any_kernel(const GroupedGemm p, Alignment aligned) {
   for_each_item<MmaTile<T, Shape>>(
       p, aligned.out, [&](auto& product, const Item& item, unsigned char* smem) {
+        if (p.bias.data) {
+          product.begin([&](int column) { return bias_of<Shape::kCols>(p, item, column); });
+        }
         using A = KMajor<T, Shape::kRows, Shape::kDepth>;
         A a;
         a.k = p.k;

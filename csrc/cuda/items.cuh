@@ -18,6 +18,8 @@ struct alignas(16) Item {
 template <int kCols>
 class Items {
  public:
+  // Where only `a` is new this comes before the kernel waits: the row tiles' writer was waited for
+  // by the kernel before, which nothing here has read them ahead of.
   __device__ explicit Items(const GroupedGemm& p)
       : p_(p), row_tiles_(p.row_tiles.data[0].count), number_(blockIdx.x), next_{} {
     read_ahead();

@@ -38,7 +38,8 @@ __device__ __forceinline__ void lay_row_tiles(const int32_t* offsets, int64_t ex
     s.end[thread] = end;
     __syncthreads();
     const int begin = thread == 0 ? reached : s.end[thread - 1];
-    const int count = (end - begin + height - 1) / height;
+    const int rows_here = end - begin;
+    const int count = rows_here / height + (rows_here % height != 0);
     s.begin[thread] = begin;
     s.tiles_before[thread] = block_scan(count, Sum(), s.warp_totals, window_tiles) - count;
     __syncthreads();

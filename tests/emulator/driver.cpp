@@ -148,8 +148,7 @@ void grouped_gemm(Request& r) {
   p.out = r.data("out");
   p.out_stride = r.scalar("out_stride");
   p.zero_other_rows = r.scalar("zero_other_rows");
-  if (p.rows > 0)
-    p.row_tiles = cuda::plan_row_tiles(p.dtype, p.rows, p.experts, r.scalar("columns"));
+  if (p.rows > 0) p.row_tiles = cuda::plan_row_tiles(p.rows, p.experts, r.scalar("columns"));
   p.row_tiles.data = reinterpret_cast<RowTile*>(r.scratch<int32_t>(4 * (1 + p.row_tiles.most)));
   if (p.rows > 0) cuda::row_tiles(p, nullptr);
   cuda::grouped_gemm(p, nullptr);
