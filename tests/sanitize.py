@@ -1,4 +1,4 @@
-"""A small suite for compute-sanitizer: every operator, dtype, tile shape and misalignment once.
+"""A small suite for compute-sanitizer: every operator, dtype, tile height and misalignment.
 
 compute-sanitizer --tool memcheck  python tests/sanitize.py
 compute-sanitizer --tool racecheck python tests/sanitize.py
@@ -21,15 +21,16 @@ def main() -> None:
             (130, "padded", "skewed", 130),
             (700, "contiguous", "idle", 72),
             (300, "transposed", "uniform", 72),
-            # Row tiles of 16, 32, 64 and 128 in the kernel for whole vectors.
+            # Row tiles of 16, 32, 64, 128 and 192 in the kernel for whole vectors.
             (60, "contiguous", "skewed", 264),
             (160, "contiguous", "skewed", 264),
             (400, "contiguous", "masked", 264),
             (2000, "contiguous", "skewed", 72),
+            (600, "contiguous", "skewed", 2048),
         ):
             case = MoeCase(
-                tokens=tokens, layout=layout, routing=routing, hidden=hidden, intermediate=72,
-                dtype=dtype, bias="float32", ids_dtype=torch.int64,
+                tokens=tokens, layout=layout, routing=routing, hidden=hidden, dtype=dtype,
+                intermediate=2048 if hidden == 2048 else 72, bias="float32", ids_dtype=torch.int64,
             )  # fmt: skip
             arguments = case.arguments("cuda")
             expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)

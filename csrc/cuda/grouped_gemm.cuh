@@ -3,10 +3,11 @@
 //
 // Schedule, for a persistent block: it walks its share of the output tiles, and its threads copy
 // both operands, kDepth of k at a time, into a ring of kStages slots with cp.async. The copies run
-// kStages slots ahead of the product and on across tiles, so that memory never idles while a tile
-// is finished. A slot is refilled as soon as everybody holds its last fragments in registers, right
-// after the one barrier of a step; fragments of the next 16 of k are read while these are
-// multiplied. In flight: kStages * (kRows + kCols) * kDepth * 2 bytes a block.
+// kStages - 1 slots ahead of the product and on across tiles, so that memory never idles while a
+// tile is finished. The one barrier of a step comes when everybody holds the slot's last fragments
+// in registers; the slot is refilled during the next step, piece by piece between its products.
+// Fragments of the next 16 of k are read while these are multiplied. In flight:
+// (kStages - 1) * (kRows + kCols) * kDepth * 2 bytes a block.
 //
 // Every accumulator adds its products in ascending k, 16 at a time, in every shape: the bits don't
 // depend on the shape chosen.
