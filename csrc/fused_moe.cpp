@@ -177,7 +177,7 @@ class Workspace {
     const int64_t columns = layer.hidden < layer.intermediate ? layer.hidden : layer.intermediate;
     tiles_ = place.plan_row_tiles(slots, layer.experts, columns);
     expert_offsets_ = add(4 * (layer.experts + 1));
-    row_tiles_ = add((tiles_.most + 1) * static_cast<int64_t>(sizeof(RowTile)));
+    row_tiles_ = add(tiles_.bytes());
     counts_ = add(4 * place.sort_by_expert_counts(slots, layer.experts));
     source_rows_ = add(4 * slots);
     row_weights_ = add(4 * slots);
@@ -192,7 +192,7 @@ class Workspace {
   int32_t* expert_offsets() const { return at<int32_t>(expert_offsets_); }
   RowTiles row_tiles() const {
     RowTiles tiles = tiles_;
-    tiles.data = at<RowTile>(row_tiles_);
+    tiles.head = at<RowTilesHead>(row_tiles_);
     return tiles;
   }
   int32_t* counts() const { return at<int32_t>(counts_); }
@@ -262,6 +262,7 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
       .source_rows = sort.source_rows,
       .source_count = tokens,
       .row_tiles = sort.row_tiles,
+      .claimant = 0,
       .only_a_is_new = false,
       .b = in.w1.data,
       .b_expert_stride = in.w1.expert_stride,
@@ -290,6 +291,7 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
   second.k = layer.intermediate;
   second.source_rows = nullptr;
   second.source_count = slots;
+  second.claimant = 1;
   second.only_a_is_new = true;
   second.b = in.w2.data;
   second.b_expert_stride = in.w2.expert_stride;

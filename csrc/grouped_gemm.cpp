@@ -39,9 +39,8 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
   const Tensor offsets = contiguous_of(expert_offsets);
   const auto biases = contiguous_of(bias);
   RowTiles tiles = place.plan_row_tiles(rows, experts, n);
-  const Tensor tiles_memory =
-      empty(a, {(tiles.most + 1) * static_cast<int64_t>(sizeof(RowTile))}, ScalarType::Byte);
-  tiles.data = static_cast<RowTile*>(tiles_memory.mutable_data_ptr());
+  const Tensor tiles_memory = empty(a, {tiles.bytes()}, ScalarType::Byte);
+  tiles.head = static_cast<RowTilesHead*>(tiles_memory.mutable_data_ptr());
   const GroupedGemm p{
       .dtype = dtype,
       .out_dtype = out_dtype,
@@ -55,6 +54,7 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
       .source_rows = nullptr,
       .source_count = rows,
       .row_tiles = tiles,
+      .claimant = 0,
       .only_a_is_new = false,
       .b = b_matrices.data,
       .b_expert_stride = b_matrices.expert_stride,

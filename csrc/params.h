@@ -73,18 +73,32 @@ struct TopkRoute {
   uint32_t* keys;  // scratch [tokens, experts + num_groups] where shared memory is too small
 };
 
-// Up to so many neighbouring rows of one expert: what a product's tile is made of. An array of them
-// begins with one whose `count` is the number of those that follow.
+// A row tile is up to so many neighbouring rows of one expert: what a product's tile is made of.
+// Neighbouring tiles of an expert form a group, which a sweep over the columns takes at once. A
+// tile is told by its group: so many rows from `begin` on, in so many tiles of which it is number
+// `place`.
 struct alignas(16) RowTile {
-  int32_t expert, begin, count, unused;
+  int32_t expert, begin, rows;
+  uint16_t place, tiles;
 };
+
+// What comes before an array of row tiles: how many follow, and how many items the blocks of a
+// layer's two products have claimed beyond those that fall to them anyway.
+struct alignas(16) RowTilesHead {
+  int32_t count;
+  uint32_t claimed[2];
+};
+static_assert(sizeof(RowTilesHead) == sizeof(RowTile));
 
 // The row tiles of all experts, in order.
 struct RowTiles {
   int height = 0;  // the most rows of one; 0: there are none
-  int group = 1;   // how many a sweep over the columns takes at once
+  int group = 1;   // the most tiles of a group
   int most = 0;    // how many there can be
-  RowTile* data = nullptr;
+  RowTilesHead* head = nullptr;
+
+  int64_t bytes() const { return (most + 1) * static_cast<int64_t>(sizeof(RowTile)); }
+  SIMPLE_MOE_HOST_DEVICE RowTile* data() const { return reinterpret_cast<RowTile*>(head + 1); }
 };
 
 // A stable counting sort of the slots by local expert.
@@ -119,6 +133,7 @@ struct GroupedGemm {
   const int32_t* source_rows;     // [rows] or null: row r of out is made of row r of a
   int64_t source_count;           // rows of a
   RowTiles row_tiles;             // of the expert_offsets
+  int claimant;                   // which of row_tiles' two counts is this product's
   // Whether all inputs but `a` were written before the kernel that writes `a` started.
   bool only_a_is_new;
   const void* b;  // [experts, n or 2 n when gated, k]; one of the two strides is 1

@@ -190,13 +190,14 @@ def test_sort_by_expert(emulator, data, dtype, seed, machine):
     assert torch.equal(source_rows, sorted_slots // topk)
     assert torch.equal(row_weights, weights.float()[sorted_slots.long()])
     if height and slots:
-        expected_tiles = [
-            [e, first, min(height, of_expert.stop - first)]
-            for e, of_expert in enumerate(reference.row_ranges(offsets, slots))
-            for first in range(of_expert.start, of_expert.stop, height)
-        ]
-        assert tiles[0][0, 2] == len(expected_tiles)
-        assert tiles[0][1 : 1 + len(expected_tiles), :3].tolist() == expected_tiles
+        expected_tiles = []  # in groups of two
+        for e, of_expert in enumerate(reference.row_ranges(offsets, slots)):
+            for begin in range(of_expert.start, of_expert.stop, 2 * height):
+                rows = min(2 * height, of_expert.stop - begin)
+                of_group = -(-rows // height)
+                expected_tiles += [[e, begin, rows, i | of_group << 16] for i in range(of_group)]
+        assert tiles[0][0, :3].tolist() == [len(expected_tiles), 0, 0]
+        assert tiles[0][1 : 1 + len(expected_tiles)].tolist() == expected_tiles
 
 
 # ---- grouped_gemm ----

@@ -11,6 +11,7 @@ TOYS, ROUTE, SORT, COMBINE = (
 MMA = "csrc/cuda/mma_tile.cuh"
 GEMM, ANY = "csrc/cuda/grouped_gemm.cuh", "csrc/cuda/grouped_gemm_any.cuh"
 SCAN, TILES = "csrc/cuda/block_scan.cuh", "csrc/cuda/row_tiles.cuh"
+ITEMS = "csrc/cuda/items.cuh"
 
 
 def toy_gemms(emulator):
@@ -47,8 +48,15 @@ PLANTED = {
     "window not waited for": (
         TILES, "__syncthreads();\n    for (int tile", "for (int tile", properties.test_toy_tiles),
     "last row of a tile forgotten": (
-        TILES, "left < height ? left : height", "left < height ? left - 1 : height",
+        ITEMS, "left < p_.row_tiles.height ? left :", "left < p_.row_tiles.height ? left - 1 :",
         properties.test_toy_tiles),
+    "items skipped between given and claimed ones": (
+        ITEMS, "3 * gridDim.x + atomicAdd", "4 * gridDim.x + atomicAdd", whole_vectors),
+    "next item read too early": (
+        GEMM, "if (!weights_first) __syncthreads();", "", whole_vectors),
+    "rows of an uneven tile forgotten": (
+        GEMM, "(rows + row(1) - row(0) - 1) / (row(1) - row(0))", "rows / (row(1) - row(0))",
+        whole_vectors),
     "product before its copies": (
         MMA, "cp_async_wait<Shape::kStages - 2>", "cp_async_wait<Shape::kStages>",
         properties.test_grouped_gemm),
@@ -63,7 +71,7 @@ PLANTED = {
     "slot filled while it is multiplied": (
         GEMM, "free = slot;", "free = slot + Shape::kSlotBytes;", whole_vectors),
     "high items not taken in pieces": (
-        ANY, "done += Shape::kRows", "done += whole.row_count", properties.test_grouped_gemm),
+        ANY, "done += Shape::kRows", "done += p.row_tiles.height", properties.test_grouped_gemm),
     "gates and ups swapped": (
         GEMM, "branch_row(p, column, line % 16 >= 8)", "branch_row(p, column, line % 16 < 8)",
         properties.test_grouped_gemm_activation),
@@ -74,7 +82,7 @@ PLANTED = {
         GEMM, "a_passes_ = rows > 0 ? (rows + Shape::kPass - 1) / Shape::kPass : 0;",
         "a_passes_ = Shape::kPassesA;", whole_vectors),
     "columns past the last copied": (
-        GEMM, "(left + columns_of_pass - 1) / columns_of_pass", "Shape::kPassesB", whole_vectors),
+        GEMM, "(left - 1) / kPass) + 1", "(left - 1) / kPass) + 2", whole_vectors),
     "last rows not written": (
         GEMM, "if (row_of_tile < item.row_count && column < p.n) {",
         "if (row_of_tile + 1 < item.row_count && column < p.n) {", whole_vectors),

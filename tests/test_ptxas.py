@@ -21,9 +21,10 @@ needs_reports = pytest.mark.skipif(
 
 # A kernel's name: the most bytes it may spill, and why.
 SPILLS = {
-    # The 192 x 192 tile leaves two to four registers too few for what is used once an item; the
-    # tile's fewer reads from L2 are worth it.
-    "GemmTileELi192ELi192ELi64": 16,
+    # The 192 x 192 tile leaves too few registers for what is used once an item, its two loops
+    # besides. It is faster all the same where most experts need one such tile, and its code for
+    # sm_80 runs nowhere: it doesn't fit an A100's shared memory.
+    "GemmTileELi192ELi192ELi64": 100,
 }
 
 

@@ -36,6 +36,7 @@ struct GemmShape {
   static constexpr int kStages = kShape.stages, kWarpRows = kShape.warp_rows;
   static constexpr int kWarpCols = kShape.warp_cols, kThreads = 32 * kShape.warps();
   static constexpr int kBlocks = kShape.blocks, kBytes = kShape.bytes(), kQueue = kShape.queue();
+  static constexpr bool kUneven = kShape.uneven;
   static constexpr int kRowsOfWarp = kRows / kWarpRows, kColsOfWarp = kCols / kWarpCols;
   static constexpr int kI = kRowsOfWarp / 16, kJ = kColsOfWarp / 8;  // accumulators of 16 x 8
   static constexpr int kVectors = kDepth / kVector;                  // of a line
@@ -75,11 +76,8 @@ __device__ __forceinline__ int64_t row_of_line(const GroupedGemm& p, const Item&
   return is_gated(p.activation.kind) ? branch_row(p, column, line % 16 >= 8) : column;
 }
 
-// From the copier to the others: the block's item of that number.
 template <typename Shape>
-__device__ __forceinline__ Item& queued(unsigned number) {
-  return reinterpret_cast<Item*>(ptx::dynamic_smem() + Shape::kQueueAt)[number % Shape::kQueue];
-}
+using Queue = ItemQueue<Shape::kCols, Shape::kQueue>;
 
 // Copies the operands of a block's items into the ring, step by step: a thread takes one vector of
 // every kPass-th line.
@@ -88,8 +86,8 @@ class Copier {
  public:
   static constexpr int kPasses = Shape::kPassesA + Shape::kPassesB;
 
-  __device__ explicit Copier(const GroupedGemm& p)
-      : p_(p), items_(p), a_stride_(static_cast<uint32_t>(p.a_stride) * 2) {
+  __device__ Copier(const GroupedGemm& p, Queue<Shape>& queue)
+      : p_(p), queue_(queue), a_stride_(static_cast<uint32_t>(p.a_stride) * 2) {
     begin_item();
   }
 
@@ -104,10 +102,10 @@ class Copier {
     for (int pass = kFirst; pass < kLast; ++pass) {
       constexpr int kPassBytes = Shape::kPass * Shape::kLineBytes;
       if (pass < Shape::kPassesA) {
-        const char* const from = a_ + static_cast<uint64_t>(a_rows_[pass]) * a_stride_;
+        const char* const from = ptx::advance(a_, a_rows_[pass], a_stride_);
         if (pass < a_passes_) ptx::cp_async_16(to + pass * kPassBytes, from + more, valid);
       } else if (const int b_pass = pass - Shape::kPassesA; b_pass < b_passes_) {
-        const char* const from = b_ + static_cast<uint64_t>(b_pass_stride_) * b_pass;
+        const char* const from = ptx::advance(b_, b_pass, b_pass_stride_);
         ptx::cp_async_16(to + Shape::kABytes + b_pass * kPassBytes, from + more, valid);
       }
     }
@@ -128,9 +126,8 @@ class Copier {
 
   // Past the last item comes one of no rows.
   __device__ void begin_item() {
-    Item item{};
-    const bool found = items_.next(item);
-    if (threadIdx.x == 0) queued<Shape>(begun_) = item;
+    const Item item = queue_[begun_];
+    queue_.begin(begun_);
     ++begun_;
     k_ = vector() * kVector;
     a_ = static_cast<const char*>(p_.a) + k_ * 2;
@@ -149,14 +146,17 @@ class Copier {
              2;
     const bool gated = is_gated(p_.activation.kind);
     const bool alternate = gated && p_.gate_layout == GateLayout::kInterleaved;
-    const int columns_of_pass = Shape::kPass / (gated ? 2 : 1);
+    constexpr int kPass = Shape::kPass;
+    const int columns_of_pass = gated ? kPass / 2 : kPass;
     b_pass_stride_ = columns_of_pass * (alternate ? 4 : 2) * static_cast<uint32_t>(p_.b_row_stride);
     const int left = static_cast<int>(p_.n) - column_of_line<Shape>(p_, item, line());
-    b_passes_ = found && left > 0 ? (left + columns_of_pass - 1) / columns_of_pass : 0;
+    b_passes_ = item.row_count > 0 && left > 0
+                    ? (gated ? (left - 1) / (kPass / 2) : (left - 1) / kPass) + 1
+                    : 0;
   }
 
   const GroupedGemm& p_;
-  Items<Shape::kCols> items_;
+  Queue<Shape>& queue_;
   unsigned begun_ = 0;
   int k_;                              // of this thread's vector in the next step
   const char* a_;                      // there, in a's row 0
@@ -173,8 +173,11 @@ class WarpTile {
   static constexpr int kI = Shape::kI, kJ = Shape::kJ;
   static constexpr int kWeights = (Shape::kRowsOfWarp + 31) / 32;
 
-  __device__ static int row() {
-    return static_cast<int>(threadIdx.x) / 32 / Shape::kWarpCols * Shape::kRowsOfWarp;
+  // The tile's row where this warp's 16 rows number `i` begin: the warps take turns, so that all
+  // have as much to do where the tile has few rows.
+  __device__ static int row(int i) {
+    const int warp_row = static_cast<int>(threadIdx.x) / 32 / Shape::kWarpCols;
+    return (i * Shape::kWarpRows + warp_row) * 16;
   }
   __device__ static int column() {
     return static_cast<int>(threadIdx.x) / 32 % Shape::kWarpCols * Shape::kColsOfWarp;
@@ -210,6 +213,13 @@ class WarpTile {
     __syncwarp();
   }
 
+  // How many times 16 rows of this warp an item has. The same in all lanes, and known to be.
+  __device__ static int live(const Item& item) {
+    const int rows = item.row_count - row(0);
+    const int live = rows <= 0 ? 0 : (rows + row(1) - row(0) - 1) / (row(1) - row(0));
+    return __shfl_sync(0xffffffffu, live, 0);
+  }
+
   // The fragments of a slot's first 16 of k.
   __device__ void load_first(uint32_t slot) {
     load_b<0>(slot, 0);
@@ -220,9 +230,10 @@ class WarpTile {
   // Multiplies 16 of k and reads the fragments of the next: b's into the other of two sets of
   // registers, a's into those just used. `next()` says where they are: a slot, and which 16 of its
   // k; it may wait, for the tensor cores have been given work by then. So they have when `copy()`
-  // is called, the fragments are on their way, and nothing waits for its instructions.
-  template <int kSet, typename Next, typename Copy>
-  __device__ void multiply(const Next& next, const Copy& copy) {
+  // is called, the fragments are on their way, and nothing waits for its instructions. Unless kAll
+  // is true only the first `live` times 16 rows are multiplied.
+  template <bool kAll, int kSet, typename Next, typename Copy>
+  __device__ void multiply(int live, const Next& next, const Copy& copy) {
     multiply_row<kSet>(0);
     const auto [slot, k16] = next();
     load_b<kSet ^ 1>(slot, k16);
@@ -230,8 +241,10 @@ class WarpTile {
     if constexpr (kI == 1) copy();
 #pragma unroll
     for (int i = 1; i < kI; ++i) {
-      multiply_row<kSet>(i);
-      load_a(i, slot, k16);
+      if (kAll || i < live) {
+        multiply_row<kSet>(i);
+        load_a(i, slot, k16);
+      }
       if (i == 1) copy();
     }
   }
@@ -242,7 +255,7 @@ class WarpTile {
     float weights[kWeights];  // of the warp's rows `lane`, `lane` + 32, ...
 #pragma unroll
     for (int w = 0; w < kWeights; ++w) {
-      const int row_of_tile = row() + 32 * w + static_cast<int>(threadIdx.x) % 32;
+      const int lane = threadIdx.x % 32, row_of_tile = row(2 * w + lane / 16) + lane % 16;
       const bool there = p.row_weights && row_of_tile < item.row_count;
       weights[w] = there ? p.row_weights[item.row_begin + row_of_tile] : 1.0f;
     }
@@ -250,7 +263,7 @@ class WarpTile {
     const ActivationScalars scalars = scalars_of(p.activation, item.expert);
 #pragma unroll 1
     for (int i = 0; i < kI; ++i) {
-      if (row() + i * 16 >= item.row_count) break;
+      if (row(i) >= item.row_count) break;
       float weight[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -309,8 +322,8 @@ class WarpTile {
   }
   __device__ void load_a(int i, uint32_t slot, int k16) {
     const int lane = threadIdx.x % 32;
-    const uint32_t first = slot + Shape::place(row() + lane % 16, lane / 16);
-    ptx::ldmatrix_x4(a_[i], (first ^ (k16 * 32)) + i * 16 * Shape::kLineBytes);
+    const uint32_t first = slot + Shape::place(row(0) + lane % 16, lane / 16);
+    ptx::ldmatrix_x4(a_[i], (first ^ (k16 * 32)) + i * 16 * Shape::kWarpRows * Shape::kLineBytes);
   }
   template <int kSet>
   __device__ void load_b(uint32_t slot, int k16) {
@@ -358,7 +371,7 @@ class WarpTile {
     const int first_column = (item.column_tile * Shape::kCols + column()) * kGroups / kJ;
 #pragma unroll
     for (int v = threadIdx.x % 32; v < 16 * kGroups; v += 32) {
-      const int row_of_tile = row() + i * 16 + v / kGroups;
+      const int row_of_tile = row(i) + v / kGroups;
       const int column = first_column + v % kGroups * kVector;
       if (row_of_tile < item.row_count && column < p.n) {
         const int64_t to = (item.row_begin + row_of_tile) * p.out_stride + column;
@@ -396,19 +409,20 @@ __device__ __forceinline__ void next_step(Copier<Shape>& copier, Cursor<Shape>& 
 }
 
 // The copies are spread over the products.
-template <typename T, typename Shape, int kPair = 0>
-__device__ __forceinline__ void multiply_step(WarpTile<T, Shape>& product, Copier<Shape>& copier,
-                                              Cursor<Shape>& cursor) {
+template <bool kAll, int kPair = 0, typename T, typename Shape>
+__device__ __forceinline__ void multiply_step(int live, WarpTile<T, Shape>& product,
+                                              Copier<Shape>& copier, Cursor<Shape>& cursor) {
   constexpr int kPairs = Shape::kDepth / 32, kParts = 2 * kPairs - 1;
   constexpr auto first_pass = [](int part) { return part * Copier<Shape>::kPasses / kParts; };
   struct Place {
     uint32_t slot;
     int k16;
   };
-  product.template multiply<0>(
-      [&] { return Place{cursor.slot, 2 * kPair + 1}; },
+  product.template multiply<kAll, 0>(
+      live, [&] { return Place{cursor.slot, 2 * kPair + 1}; },
       [&] { copier.template copy<first_pass(2 * kPair), first_pass(2 * kPair + 1)>(cursor.free); });
-  product.template multiply<1>(
+  product.template multiply<kAll, 1>(
+      live,
       [&] {
         if constexpr (kPair + 1 < kPairs) return Place{cursor.slot, 2 * kPair + 2};
         next_step(copier, cursor);
@@ -419,7 +433,18 @@ __device__ __forceinline__ void multiply_step(WarpTile<T, Shape>& product, Copie
           copier.template copy<first_pass(2 * kPair + 1), first_pass(2 * kPair + 2)>(cursor.free);
         }
       });
-  if constexpr (kPair + 1 < kPairs) multiply_step<T, Shape, kPair + 1>(product, copier, cursor);
+  if constexpr (kPair + 1 < kPairs) {
+    multiply_step<kAll, kPair + 1>(live, product, copier, cursor);
+  }
+}
+
+// One item's product.
+template <bool kAll, typename T, typename Shape>
+__device__ __forceinline__ void multiply_item(int steps, int live, WarpTile<T, Shape>& product,
+                                              Copier<Shape>& copier, Cursor<Shape>& cursor) {
+  product.load_first(cursor.slot);
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) multiply_step<kAll>(live, product, copier, cursor);
 }
 
 template <typename T, typename Shape>
@@ -430,10 +455,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const uint32_t ring = ptx::keep(ptx::smem_address(smem));
   unsigned char* const staged = smem + Shape::kStagedAt + threadIdx.x / 32 * Shape::kStagedBytes;
   const int steps = static_cast<int>((p.k + Shape::kDepth - 1) / Shape::kDepth);
-  Copier<Shape> copier(p);
+  Queue<Shape> queue(p, reinterpret_cast<Item*>(smem + Shape::kQueueAt));
+  __syncthreads();
+  Copier<Shape> copier(p, queue);
   // The weights first: they wait neither for the kernel that writes `a` nor for the rows to be
-  // found.
-  const bool weights_first = steps >= Shape::kStages - 1;
+  // found. Unless the prologue copies more than the first item.
+  const bool weights_first = steps >= Shape::kStages;
 #pragma unroll 1
   for (int step = 0; weights_first && step < Shape::kStages - 1; ++step) {
     copier.template copy<Shape::kPassesA, copier.kPasses>(ring + step * Shape::kSlotBytes, step);
@@ -445,6 +472,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     const uint32_t slot = ring + step * Shape::kSlotBytes;
     if (!weights_first) copier.template copy<Shape::kPassesA, copier.kPasses>(slot);
     copier.template copy<0, Shape::kPassesA>(slot);
+    if (!weights_first) __syncthreads();  // for the queue
     copier.end_step();
   }
   ptx::cp_async_wait<Shape::kStages - 2>();
@@ -453,16 +481,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   Cursor<Shape> cursor(ring);
 #pragma unroll 1
   for (unsigned number = 0;; ++number) {
-    const Item item = queued<Shape>(number);
+    const Item item = queue[number];
     if (item.row_count == 0) break;
-    const int warp_row = WarpTile<T, Shape>::row();
-    if (Shape::kWarpRows == 1 || warp_row < item.row_count) {
+    const int live = WarpTile<T, Shape>::live(item);
+    if (live > 0) {
       WarpTile<T, Shape> product;
       product.begin(p, item, staged);
-      product.load_first(cursor.slot);
-#pragma unroll 1
-      for (int step = 0; step < steps; ++step) {
-        multiply_step(product, copier, cursor);
+      if constexpr (Shape::kUneven) {
+        if (live < Shape::kI) {
+          multiply_item<false>(steps, live, product, copier, cursor);
+        } else {
+          multiply_item<true>(steps, live, product, copier, cursor);
+        }
+      } else {
+        multiply_item<true>(steps, live, product, copier, cursor);
       }
       product.finish(p, item, staged);
     } else {

@@ -55,25 +55,30 @@ __device__ __forceinline__ void for_each_item(const GroupedGemm& p, bool out_ali
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
   unsigned char* const smem = ptx::dynamic_smem();
-  Items<Shape::kCols> items(p);
-  Item whole;
-  while (items.next(whole)) {
-    for (int done = 0; done < whole.row_count; done += Shape::kRows) {
-      Item item = whole;
-      item.row_begin += done;
-      item.row_count -= done;
-      if (item.row_count > Shape::kRows) item.row_count = Shape::kRows;
-      Product product;
-      multiply(product, item, smem);
-      const int width = is_gated(p.activation.kind) ? Shape::kCols / 2 : Shape::kCols;
-      product.stage(smem, [&](int first, const float* staged) {
-        const int left = item.row_count - first;
-        const int rows = left < Shape::kStagedRows ? left : Shape::kStagedRows;
-        finish_rows(p, item.expert, item.row_begin + first, rows,
-                    static_cast<int64_t>(item.column_tile) * width, Shape::kCols, staged,
-                    Shape::kPitch, out_aligned, /*add_bias=*/false);
-      });
+  const Items<Shape::kCols> items(p);
+  int done = 0;  // rows of the item
+  for (unsigned number = blockIdx.x;;) {
+    Item item = items.find(number, items.look(number));
+    if (item.row_count == 0) break;
+    item.row_begin += done;
+    item.row_count -= done;
+    if (item.row_count > Shape::kRows) item.row_count = Shape::kRows;
+    if (item.row_count <= 0) {
+      done = 0;
+      number += gridDim.x;
+      continue;
     }
+    done += Shape::kRows;
+    Product product;
+    multiply(product, item, smem);
+    const int width = is_gated(p.activation.kind) ? Shape::kCols / 2 : Shape::kCols;
+    product.stage(smem, [&](int first, const float* staged) {
+      const int left = item.row_count - first;
+      const int rows = left < Shape::kStagedRows ? left : Shape::kStagedRows;
+      finish_rows(p, item.expert, item.row_begin + first, rows,
+                  static_cast<int64_t>(item.column_tile) * width, Shape::kCols, staged,
+                  Shape::kPitch, out_aligned, /*add_bias=*/false);
+    });
   }
 }
 

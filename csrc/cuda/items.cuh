@@ -7,31 +7,39 @@
 
 namespace simple_moe::cuda {
 
-// One output tile.
+// One output tile. The one past the last has no rows.
 struct alignas(16) Item {
   int expert, row_begin, row_count, column_tile;
 };
 
-// A block's share of the items of kCols columns: every gridDim.x-th, in sweeps over the columns of
-// a group of row tiles, so that the rows and the columns in flight stay in L2. The next one is read
-// ahead.
+// The items of kCols columns by their number: in sweeps over the columns of a group of row tiles,
+// so that whatever neighbouring items share, rows or columns, is in L2.
 template <int kCols>
 class Items {
  public:
   // Where only `a` is new this comes before the kernel waits: the row tiles' writer was waited for
   // by the kernel before, which nothing here has read them ahead of.
   __device__ explicit Items(const GroupedGemm& p)
-      : p_(p), row_tiles_(p.row_tiles.data[0].count), number_(blockIdx.x), next_{} {
-    read_ahead();
-  }
+      : p_(p), count_(p.row_tiles.head->count * column_tiles()) {}
 
-  // False past the last.
-  __device__ bool next(Item& item) {
-    if (number_ >= row_tiles_ * column_tiles()) return false;
-    item = next_;
-    number_ += gridDim.x;
-    read_ahead();
-    return true;
+  // An item's group, from memory; the item, from that.
+  __device__ RowTile look(unsigned number) const {
+    return number < count_ ? p_.row_tiles.data()[number / column_tiles()] : RowTile{};
+  }
+  __device__ Item find(unsigned number, const RowTile& group) const {
+    if (number >= count_) return {};
+    const unsigned first = number / column_tiles() - group.place;
+    const unsigned in_group = number - first * column_tiles();
+    // Most groups are of one tile where tokens are few: nothing waits for a division then.
+    unsigned place = 0, column_tile = in_group;
+    if (group.tiles > 1) {
+      place = in_group % group.tiles;
+      column_tile = in_group / group.tiles;
+    }
+    const int before = static_cast<int>(place) * p_.row_tiles.height;
+    const int left = group.rows - before;
+    return {group.expert, group.begin + before,
+            left < p_.row_tiles.height ? left : p_.row_tiles.height, static_cast<int>(column_tile)};
   }
 
  private:
@@ -40,23 +48,51 @@ class Items {
     return (static_cast<unsigned>(p_.n) + width - 1) / width;
   }
 
-  __device__ void read_ahead() {
-    const RowTiles& tiles = p_.row_tiles;
-    const unsigned group = tiles.group, columns = column_tiles();
-    const unsigned first = number_ / (group * columns) * group;
-    const unsigned in_group = number_ - first * columns;
-    unsigned height = group;
-    // Groups of one don't wait for the count.
-    if (group > 1 && first < row_tiles_ && row_tiles_ - first < group) height = row_tiles_ - first;
-    const unsigned row_tile = first + in_group % height;
-    if (row_tile >= static_cast<unsigned>(tiles.most)) return;
-    const RowTile rows = tiles.data[1 + row_tile];
-    next_ = {rows.expert, rows.begin, rows.count, static_cast<int>(in_group / height)};
+  const GroupedGemm& p_;
+  unsigned count_;
+};
+
+// A block's items for a kernel that copies ahead of its products: a queue in shared memory, filled
+// by thread 0. The first few fall to every block alike; after that a block claims the next item
+// whenever it begins one. So the items in the making stay neighbours, and share what they read from
+// L2, however long the blocks have run; and all end together. (With fixed shares slower blocks fell
+// behind by whole tiles, and weights were read from memory three times over.)
+//
+// An item takes two trips to memory: it is claimed, and looked up. Each is made while an earlier
+// item is copied.
+template <int kCols, int kSlots>
+class ItemQueue {
+ public:
+  // All threads. queue[0] is there after the block's next barrier.
+  __device__ ItemQueue(const GroupedGemm& p, Item* queue)
+      : p_(p), items_(p), queue_(queue), next_(given(1)), claimed_(given(2)) {
+    if (threadIdx.x != 0) return;
+    const RowTile first = items_.look(given(0));
+    looked_ = items_.look(next_);
+    queue_[0] = items_.find(given(0), first);
   }
 
+  // The item with that number of the block. At most kSlots are kept.
+  __device__ const Item& operator[](unsigned number) const { return queue_[number % kSlots]; }
+
+  // Item `number` is being begun; the next is there after the block's next barrier.
+  __device__ void begin(unsigned number) {
+    if (threadIdx.x != 0) return;
+    queue_[(number + 1) % kSlots] = items_.find(next_, looked_);
+    next_ = claimed_;
+    looked_ = items_.look(next_);
+    claimed_ = 3 * gridDim.x + atomicAdd(&p_.row_tiles.head->claimed[p_.claimant], 1u);
+  }
+
+ private:
+  // Items that fall to every block; the first claimed is its fourth.
+  __device__ static unsigned given(unsigned number) { return blockIdx.x + number * gridDim.x; }
+
   const GroupedGemm& p_;
-  unsigned row_tiles_, number_;
-  Item next_;
+  Items<kCols> items_;
+  Item* queue_;
+  unsigned next_, claimed_;  // after the one in the queue, and after that
+  RowTile looked_{};         // of next_; not needed before the next begin()
 };
 
 }  // namespace simple_moe::cuda

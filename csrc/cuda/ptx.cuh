@@ -33,6 +33,13 @@ __device__ __forceinline__ uint32_t keep(uint32_t value) {
   return value;
 }
 
+// `from` and count times so many bytes: one instruction, which the compiler makes three of.
+__device__ __forceinline__ const char* advance(const char* from, uint32_t count, uint32_t bytes) {
+  uint64_t address;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(count), "r"(bytes), "l"(from));
+  return reinterpret_cast<const char*>(address);
+}
+
 // ---- float <-> 16 bit ----
 
 __device__ __forceinline__ float to_float(float x) { return x; }

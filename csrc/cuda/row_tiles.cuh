@@ -11,6 +11,18 @@
 
 namespace simple_moe {
 
+// Tile `number` of an expert with so many rows. Its tiles are cut into groups as equal as can be.
+__device__ __forceinline__ RowTile row_tile_of(const RowTiles& tiles, int expert, int begin,
+                                               int rows, int number) {
+  const int count = (rows + tiles.height - 1) / tiles.height;
+  const int groups = (count + tiles.group - 1) / tiles.group;
+  const int most = (count + groups - 1) / groups, place = number % most, first = number - place;
+  const int in_group = count - first < most ? count - first : most;
+  const int left = rows - first * tiles.height, all = in_group * tiles.height;
+  return {expert, begin + first * tiles.height, left < all ? left : all,
+          static_cast<uint16_t>(place), static_cast<uint16_t>(in_group)};
+}
+
 template <int kThreads>
 struct RowTilesStorage {
   int begin[kThreads], end[kThreads];  // rows of an expert of this window
@@ -53,15 +65,14 @@ __device__ __forceinline__ void lay_row_tiles(const int32_t* offsets, int64_t ex
           high = middle;
         }
       }
-      const int row = s.begin[low] + (tile - s.tiles_before[low]) * height;
-      const int left = s.end[low] - row;
-      tiles.data[1 + tiles_before + tile] = {static_cast<int32_t>(first + low), row,
-                                             left < height ? left : height, 0};
+      tiles.data()[tiles_before + tile] =
+          row_tile_of(tiles, static_cast<int>(first + low), s.begin[low], s.end[low] - s.begin[low],
+                      tile - s.tiles_before[low]);
     }
     reached = Max()(reached, window_end);
     tiles_before += window_tiles;
   }
-  if (thread == 0) tiles.data[0] = {0, 0, tiles_before, 0};
+  if (thread == 0) *tiles.head = {tiles_before, {}};
 }
 
 }  // namespace simple_moe

@@ -16,16 +16,18 @@
 namespace simple_moe::cuda {
 
 // rows x cols of output, depth of k a step, a ring of `stages` steps, warps in a grid, blocks a
-// multiprocessor.
+// multiprocessor. `uneven`: tiles with fewer rows get a loop of their own, which multiplies only
+// those there are. It costs the loop for whole tiles instructions, so only where few are whole.
 struct GemmTile {
   int rows, cols, depth, stages, warp_rows, warp_cols, blocks;
+  bool uneven = false;
 
   constexpr int warps() const { return warp_rows * warp_cols; }
   constexpr int slot_bytes() const { return (rows + cols) * depth * 2; }
   // 16 rows of a warp's output, padded by 16 bytes against bank conflicts.
   constexpr int staged_bytes() const { return 16 * (cols / warp_cols + 8) * 2; }
-  // Items whose copies have begun and whose products have not ended.
-  constexpr int queue() const { return stages + 2; }
+  // Items whose copies have begun and whose products have not ended, and the next.
+  constexpr int queue() const { return stages + 3; }
   constexpr int bytes() const {
     return stages * slot_bytes() + warps() * staged_bytes() + queue() * 16;
   }
@@ -33,10 +35,9 @@ struct GemmTile {
 
 // Of one height the best first, where it fits and there is enough to do.
 inline constexpr GemmTile kShapes[] = {
-    {192, 192, 64, 4, 2, 4, 1}, {128, 256, 64, 4, 2, 4, 1}, {128, 128, 64, 3, 2, 2, 2},
-    {128, 256, 64, 3, 2, 4, 1}, {128, 128, 32, 4, 2, 2, 2}, {64, 128, 64, 3, 2, 2, 2},
-    {32, 128, 64, 4, 1, 4, 2},  {32, 64, 64, 5, 1, 4, 3},   {16, 128, 64, 5, 1, 4, 2},
-    {16, 64, 64, 6, 1, 4, 3},
+    {192, 192, 64, 4, 2, 4, 1, true}, {128, 256, 64, 4, 2, 4, 1}, {128, 256, 64, 3, 2, 4, 1},
+    {128, 128, 32, 4, 2, 2, 2},       {64, 128, 64, 3, 2, 2, 2},  {32, 128, 64, 4, 1, 4, 2},
+    {32, 64, 64, 5, 1, 4, 3},         {16, 128, 64, 5, 1, 4, 2},  {16, 64, 64, 6, 1, 4, 3},
 };
 inline constexpr int kShapeCount = sizeof(kShapes) / sizeof(GemmTile);
 inline constexpr int kHighest = 0;
@@ -70,10 +71,8 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns,
   const auto most = [&](int height) { return rows / height + active; };
   // So much higher than the mean that most experts need one tile, as long as padding is cheap.
   tiles.height = mean <= 12 ? 16 : mean <= 24 ? 32 : mean <= 48 ? 64 : 128;
-  // The highest has the fewest bytes from L2 for a product, but one block a multiprocessor alone:
-  // where k is long.
   const bool fits = resident_blocks(kShapes[kHighest], device) > 0;
-  if (mean > 96 && columns >= 2048 && fits) tiles.height = kShapes[kHighest].rows;
+  if (mean > 96 && mean <= 192 && fits) tiles.height = kShapes[kHighest].rows;
   // Lower ones where there would be too few for the multiprocessors.
   while (tiles.height > 16 &&
          most(tiles.height) * ceil_div(columns, tiles.height > 32 ? 128 : 64) < device.sm_count) {
@@ -81,11 +80,9 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns,
   }
   // No host knows the routing: every expert may end with a tile of its own.
   tiles.most = static_cast<int>(most(tiles.height));
-  // A sweep over the columns takes the tiles of one expert or so, which share its weights; of the
-  // high ones a few, whose rows stay in L2.
-  const int64_t of_expert = ceil_div(mean, tiles.height);
-  tiles.group = static_cast<int>(of_expert < 16 ? of_expert : 16);
-  if (tiles.height >= 128 && tiles.group < 4) tiles.group = 4;
+  // A sweep over the columns takes all of an expert's tiles, which share its weights, or so many
+  // that their rows and a column of each multiprocessor's stay in L2.
+  tiles.group = 16;
   return tiles;
 }
 
@@ -97,8 +94,7 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
   // Two rounds of the lowest tiles hide the end of each.
   if (tile.rows == 16 && tile.cols > 64) return items >= 2 * blocks;
   if (tile.rows == 32 && tile.cols > 64) return items >= device.sm_count;
-  // One block alone doesn't hide the end of a tile: only where k is long.
-  if (tile.cols == 256) return size.k >= 4096;
+  if (tile.cols == 256) return items >= device.sm_count;
   return true;
 }
 

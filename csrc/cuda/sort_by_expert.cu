@@ -143,14 +143,12 @@ __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chun
       begin[b] = upto & ((1 << kHalf) - 1);
       p.expert_offsets[b] = begin[b];
       for (int t = 0; t < tiles; ++t) {
-        const int left = in_bin - t * height;
-        p.row_tiles.data[1 + (upto >> kHalf) + t] = {b, begin[b] + t * height,
-                                                     left < height ? left : height, 0};
+        p.row_tiles.data()[(upto >> kHalf) + t] = row_tile_of(p.row_tiles, b, begin[b], in_bin, t);
       }
     }
     before += of_round;
   }
-  if (height > 0 && threadIdx.x == 0) p.row_tiles.data[0] = {0, 0, before >> kHalf, 0};
+  if (height > 0 && threadIdx.x == 0) *p.row_tiles.head = {before >> kHalf, {}};
   __syncthreads();
 
   slots.scatter(

@@ -114,7 +114,8 @@ void sort_by_expert(Request& r) {
   p.source_rows = r.data<int32_t>("source_rows");
   p.row_weights = r.data<float>("row_weights");
   p.row_tiles.height = r.scalar("tile_height");
-  p.row_tiles.data = r.data<RowTile>("row_tiles");
+  p.row_tiles.group = 2;
+  p.row_tiles.head = r.data<RowTilesHead>("row_tiles");
   p.counts = r.scratch<int32_t>(cuda::sort_by_expert_counts(p.slots, p.experts));
   cuda::sort_by_expert(p, nullptr);
 }
@@ -149,7 +150,7 @@ void grouped_gemm(Request& r) {
   p.out_stride = r.scalar("out_stride");
   p.zero_other_rows = r.scalar("zero_other_rows");
   if (p.rows > 0) p.row_tiles = cuda::plan_row_tiles(p.rows, p.experts, r.scalar("columns"));
-  p.row_tiles.data = reinterpret_cast<RowTile*>(r.scratch<int32_t>(4 * (1 + p.row_tiles.most)));
+  p.row_tiles.head = reinterpret_cast<RowTilesHead*>(r.scratch<int32_t>(p.row_tiles.bytes() / 4));
   if (p.rows > 0) cuda::row_tiles(p, nullptr);
   cuda::grouped_gemm(p, nullptr);
 }
@@ -201,7 +202,7 @@ void toy_scan(Request& r) { toys::scan(r.data<int>("x"), r.data<int>("out"), r.s
 void toy_tiles(Request& r) {
   const int64_t experts = r.scalar("experts"), rows = r.scalar("rows");
   auto* const row_tiles =
-      reinterpret_cast<RowTile*>(r.scratch<int32_t>(4 * (1 + rows / 16 + experts)));
+      reinterpret_cast<RowTilesHead*>(r.scratch<int32_t>(4 * (1 + rows / 16 + experts)));
   toys::tiles(r.data<int>("expert_offsets"), r.data<int>("out"), experts, rows,
               r.scalar("column_tiles"), r.scalar("group"), row_tiles);
 }

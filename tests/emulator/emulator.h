@@ -245,6 +245,10 @@ inline uint32_t smem_address(const void* pointer) {
 
 inline uint32_t keep(uint32_t value) { return value; }
 
+inline const char* advance(const char* from, uint32_t count, uint32_t bytes) {
+  return from + static_cast<uint64_t>(count) * bytes;
+}
+
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(f16 x) { return std::bit_cast<_Float16>(x.bits); }

@@ -80,9 +80,10 @@ __global__ void lay_kernel(const GroupedGemm p) {
 }
 
 __global__ void tiles_kernel(const GroupedGemm p, int* out, int column_tiles) {
-  cuda::Items<16> items(p);
-  cuda::Item item;
-  while (items.next(item)) {
+  const cuda::Items<16> items(p);
+  for (unsigned number = blockIdx.x;; number += gridDim.x) {
+    const cuda::Item item = items.find(number, items.look(number));
+    if (item.row_count == 0) break;
     const int row = threadIdx.x;
     if (row < item.row_count)
       out[(item.row_begin + row) * column_tiles + item.column_tile] = item.expert;
@@ -101,7 +102,7 @@ void scan(const int* x, int* out, int n) {
 }
 
 void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows, int column_tiles,
-           int group, RowTile* row_tiles) {
+           int group, RowTilesHead* row_tiles) {
   GroupedGemm p{};
   p.expert_offsets = expert_offsets;
   p.experts = experts;

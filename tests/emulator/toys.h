@@ -20,7 +20,7 @@ void scan(const int* x, int* out, int n);
 // out[row][column tile]: the expert whose tile it is. Other rows are left alone.
 // `row_tiles`: scratch, for rows / 16 + experts + 1 of them.
 void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows, int column_tiles,
-           int group, RowTile* row_tiles);
+           int group, RowTilesHead* row_tiles);
 
 }  // namespace toys
 }  // namespace simple_moe
