@@ -1,7 +1,7 @@
 // grouped_gemm's kernel for rows of whole 16-byte vectors: gather, product, bias, activation,
 // routing weight, one rounding.
 //
-// Schedule, for a persistent block: it walks its share of the output tiles, and its threads copy
+// Schedule, for a persistent block: it claims output tiles (ItemQueue), and its threads copy
 // both operands, kDepth of k at a time, into a ring of kStages slots with cp.async. The copies run
 // kStages - 1 slots ahead of the product and on across tiles, so that memory never idles while a
 // tile is finished. The one barrier of a step comes when everybody holds the slot's last fragments
