@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from helpers import DTYPES, TOLERANCE, assert_accurate, assert_same_bits, requir
 from strategies import CombineCase, GemmCase, MoeCase, RouteCase
 
 import moe_ops
-from moe_ops import reference
+from moe_ops import _library, reference
 
 LAYER = MoeCase(tokens=65, topk=3, experts=8, hidden=264, intermediate=130, bias="float32")
 
@@ -165,11 +167,26 @@ def test_batch_invariant(cuda):
         assert_same_bits(moe_ops.fused_moe(**part, batch_invariant=True), whole[:count])
 
 
+def planned_rows(case, device):
+    """The height of the row tiles that shapes.h plans for a layer on this GPU."""
+    plan = ctypes.CDLL(str(_library.PATH)).simple_moe_plan
+    plan.restype = ctypes.c_char_p
+    plan.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] * 3
+    properties = torch.cuda.get_device_properties(device)
+    tiles = plan(case.tokens * case.topk, case.experts, case.hidden, case.intermediate, 1,
+                 properties.multi_processor_count,
+                 properties.shared_memory_per_block_optin >> 10)  # fmt: skip
+    return json.loads(tiles)[0]["rows"]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "misaligned", "transposed"])
 def test_the_highest_tiles(layout, cuda):
-    """Wide layers with many rows an expert, in both kernels; and their bits are the same."""
-    case = MoeCase(tokens=300, topk=2, experts=2, hidden=2048, intermediate=2048, bias="float32",
+    """Tiles of 192 rows, most of them not full, in both kernels; and their bits are the same."""
+    case = MoeCase(tokens=600, hidden=2048, intermediate=2048, bias="float32",
                    dtype=torch.bfloat16, layout=layout)  # fmt: skip
+    if torch.cuda.get_device_properties(cuda).shared_memory_per_block_optin < 220 << 10:
+        pytest.skip("needs a GPU whose blocks may have 220 KB of shared memory")
+    assert planned_rows(case, cuda) == 192
     arguments = case.arguments(cuda)
     out = moe_ops.fused_moe(**arguments)
     expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)
