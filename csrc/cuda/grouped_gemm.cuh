@@ -487,12 +487,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     if (live > 0) {
       WarpTile<T, Shape> product;
       product.begin(p, item, staged);
-      if constexpr (Shape::kUneven) {
-        if (live < Shape::kI) {
-          multiply_item<false>(steps, live, product, copier, cursor);
-        } else {
-          multiply_item<true>(steps, live, product, copier, cursor);
-        }
+      if (Shape::kUneven && live < Shape::kI) {
+        multiply_item<false>(steps, live, product, copier, cursor);
       } else {
         multiply_item<true>(steps, live, product, copier, cursor);
       }

@@ -33,7 +33,8 @@ __device__ __forceinline__ uint32_t keep(uint32_t value) {
   return value;
 }
 
-// `from` and count times so many bytes: one instruction, which the compiler makes three of.
+// `from` and count times so many bytes, in one multiply-add: the compiler makes more of the plain
+// expression.
 __device__ __forceinline__ const char* advance(const char* from, uint32_t count, uint32_t bytes) {
   uint64_t address;
   asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(count), "r"(bytes), "l"(from));

@@ -4,7 +4,7 @@
 // An expert's mean number of rows decides the height. Few rows: the product waits for the weights,
 // and what counts is bytes in flight and enough tiles for every multiprocessor; padding is free.
 // Many rows: it waits for the tensor cores, and what counts is how often a byte that came from L2
-// is used, so the largest tile that fits.
+// is used, so the largest tile that fits; the highest where most experts then need one tile.
 #pragma once
 
 #include <cstddef>
@@ -93,8 +93,7 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
   const int64_t items = tiles.most * column_tiles(size.n, size.gated, tile.cols);
   // Two rounds of the lowest tiles hide the end of each.
   if (tile.rows == 16 && tile.cols > 64) return items >= 2 * blocks;
-  if (tile.rows == 32 && tile.cols > 64) return items >= device.sm_count;
-  if (tile.cols == 256) return items >= device.sm_count;
+  if (tile.cols == 256 || (tile.rows == 32 && tile.cols > 64)) return items >= device.sm_count;
   return true;
 }
 
