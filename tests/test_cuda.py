@@ -142,6 +142,23 @@ def test_runs_on_the_current_stream(cuda):
     assert_same_bits(out, expected)
 
 
+@operators
+def test_on_a_device_that_is_not_the_current(operator, cuda):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    make, names = OPERATORS[operator]
+    results = []
+    for device in ("cuda:1", "cuda:0"):
+        arguments = make(device)
+        results.append(
+            forward_and_backward(operator, arguments, require_gradients(arguments, names))
+        )
+        assert torch.cuda.current_device() == 0
+        assert all(result.device == torch.device(device) for result in results[-1])
+    for there, here in zip(*results, strict=True):
+        assert_same_bits(there.cpu(), here.cpu())
+
+
 def test_cublas_agrees_and_cannot_be_captured(cuda):
     for dtype in DTYPES:
         for case in (LAYER.but(dtype=dtype), LAYER.but(dtype=dtype, routing="masked", tokens=9)):
