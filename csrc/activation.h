@@ -68,16 +68,17 @@ SIMPLE_MOE_HOST_DEVICE ActivationScalars scalars_of(const ActivationParams& p, i
           p.expert_limit ? p.expert_limit[expert] : p.limit};
 }
 
-// kCount values at once, so that the switch is taken once and not per element. `up` is not read by
-// ungated activations. The result replaces `gate`.
-template <int kCount>
-SIMPLE_MOE_HOST_DEVICE void activate(Activation kind, const ActivationScalars& s, float* gate,
-                                     const float* up) {
+// Of kCount values at once, so that the switch is taken once and not per element.
 #ifdef __CUDA_ARCH__
 #define SIMPLE_MOE_EACH _Pragma("unroll") for (int i = 0; i < kCount; ++i)
 #else
 #define SIMPLE_MOE_EACH for (int i = 0; i < kCount; ++i)
 #endif
+
+// The gated ones: the result replaces `gate`.
+template <int kCount>
+SIMPLE_MOE_HOST_DEVICE void activate_gated(Activation kind, const ActivationScalars& s, float* gate,
+                                           const float* up) {
   switch (kind) {
     case Activation::kSwiglu:
       SIMPLE_MOE_EACH gate[i] = silu(gate[i]) * up[i];
@@ -104,25 +105,34 @@ SIMPLE_MOE_HOST_DEVICE void activate(Activation kind, const ActivationScalars& s
       SIMPLE_MOE_EACH gate[i] =
           s.beta * tanhf(gate[i] / s.beta) * sigmoid(gate[i]) * (s.limit * tanhf(up[i] / s.limit));
       break;
-    case Activation::kSilu:
-      SIMPLE_MOE_EACH gate[i] = silu(gate[i]);
-      break;
-    case Activation::kGelu:
-      SIMPLE_MOE_EACH gate[i] = gelu(gate[i]);
-      break;
-    case Activation::kGeluTanh:
-      SIMPLE_MOE_EACH gate[i] = gelu_tanh(gate[i]);
-      break;
-    case Activation::kRelu:
-      SIMPLE_MOE_EACH gate[i] = relu(gate[i]);
-      break;
-    case Activation::kRelu2:
-      SIMPLE_MOE_EACH gate[i] = relu(gate[i]) * relu(gate[i]);
-      break;
-    case Activation::kIdentity:
+    default:
       break;
   }
-#undef SIMPLE_MOE_EACH
 }
+
+// The ungated ones, in place.
+template <int kCount>
+SIMPLE_MOE_HOST_DEVICE void activate(Activation kind, float* x) {
+  switch (kind) {
+    case Activation::kSilu:
+      SIMPLE_MOE_EACH x[i] = silu(x[i]);
+      break;
+    case Activation::kGelu:
+      SIMPLE_MOE_EACH x[i] = gelu(x[i]);
+      break;
+    case Activation::kGeluTanh:
+      SIMPLE_MOE_EACH x[i] = gelu_tanh(x[i]);
+      break;
+    case Activation::kRelu:
+      SIMPLE_MOE_EACH x[i] = relu(x[i]);
+      break;
+    case Activation::kRelu2:
+      SIMPLE_MOE_EACH x[i] = relu(x[i]) * relu(x[i]);
+      break;
+    default:
+      break;
+  }
+}
+#undef SIMPLE_MOE_EACH
 
 }  // namespace simple_moe

@@ -84,14 +84,13 @@ PLANTED = {
     "columns past the last copied": (
         GEMM, "(left - 1) / kPass) + 1", "(left - 1) / kPass) + 2", whole_vectors),
     "last rows not written": (
-        GEMM, "if (row_of_tile < item.row_count && column < p.n) {",
-        "if (row_of_tile + 1 < item.row_count && column < p.n) {", whole_vectors),
-    "rows of others written": (
-        GEMM, "if (row_of_tile < item.row_count && column < p.n) {",
-        "if (row_of_tile <= item.row_count && column < p.n) {", whole_vectors),
-    "staged rows not waited for": (
-        GEMM, "      __syncwarp();\n      if (gated) {\n        store", "      if (gated) {\n        store",
+        GEMM, "|| row_of_tile >= item.row_count ||", "|| row_of_tile + 1 >= item.row_count ||",
         whole_vectors),
+    "rows of others written": (
+        GEMM, "|| row_of_tile >= item.row_count ||", "|| row_of_tile > item.row_count ||",
+        whole_vectors),
+    "staged rows overwritten": (
+        GEMM, "floats);\n      }\n      __syncwarp();\n", "floats);\n      }\n", whole_vectors),
     "logit one too far": (
         ROUTE, "e < p.experts; e += 32) {\n    keys[e]", "e <= p.experts; e += 32) {\n    keys[e]",
         properties.test_topk_route),

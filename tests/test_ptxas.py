@@ -19,15 +19,6 @@ needs_reports = pytest.mark.skipif(
 )
 
 
-# A kernel's name: the most bytes it may spill, and why.
-SPILLS = {
-    # The 192 x 192 tile leaves too few registers for what is used once an item, its two loops
-    # besides. It is faster all the same where most experts need one such tile, and its code for
-    # sm_80 runs nowhere: it doesn't fit an A100's shared memory.
-    "GemmTileELi192ELi192ELi64": 100,
-}
-
-
 @needs_reports
 def test_no_kernel_spills_or_has_a_stack_frame():
     kernels = 0
@@ -36,10 +27,7 @@ def test_no_kernel_spills_or_has_a_stack_frame():
         found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", text)
         kernels += len(found)
         names = re.findall(r"Compiling entry function '(\w+)'", text)
-        bad = [
-            n for n, f in zip(names, found, strict=True)
-            if max(map(int, f)) > max((most for k, most in SPILLS.items() if k in n), default=0)
-        ]  # fmt: skip
+        bad = [n for n, f in zip(names, found, strict=True) if any(map(int, f))]
         assert not bad, f"{report.name}: {bad}"
     assert kernels
 

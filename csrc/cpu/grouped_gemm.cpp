@@ -203,8 +203,12 @@ class GroupedGemmRun {
     for (int64_t j = 0; j < p_.n; j += kBlock) {
       const int64_t count = std::min(kBlock, p_.n - j);
       read(gate, gate_first + j * step, count);
-      if (gated) read(up, up_first + j * step, count);
-      activate<kBlock>(p_.activation.kind, scalars, gate, up);
+      if (gated) {
+        read(up, up_first + j * step, count);
+        activate_gated<kBlock>(p_.activation.kind, scalars, gate, up);
+      } else {
+        activate<kBlock>(p_.activation.kind, gate);
+      }
       Out values[kBlock];
       for (int64_t i = 0; i < kBlock; ++i) values[i] = static_cast<Out>(weight * gate[i]);
       // In place, this never overtakes what is still to be read.

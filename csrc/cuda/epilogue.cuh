@@ -55,7 +55,11 @@ __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert
         if (gated) up[i] += load_float(p.bias, at + branch_row(p, column + i, true));
       }
     }
-    activate<kVector>(p.activation.kind, scalars, gate, up);
+    if (gated) {
+      activate_gated<kVector>(p.activation.kind, scalars, gate, up);
+    } else {
+      activate<kVector>(p.activation.kind, gate);
+    }
     const int64_t out_row = first_row + row;
     if (p.row_weights) {
 #pragma unroll

@@ -36,7 +36,6 @@ struct GemmShape {
   static constexpr int kStages = kShape.stages, kWarpRows = kShape.warp_rows;
   static constexpr int kWarpCols = kShape.warp_cols, kThreads = 32 * kShape.warps();
   static constexpr int kBlocks = kShape.blocks, kBytes = kShape.bytes(), kQueue = kShape.queue();
-  static constexpr bool kUneven = kShape.uneven;
   static constexpr int kRowsOfWarp = kRows / kWarpRows, kColsOfWarp = kCols / kWarpCols;
   static constexpr int kI = kRowsOfWarp / 16, kJ = kColsOfWarp / 8;  // accumulators of 16 x 8
   static constexpr int kVectors = kDepth / kVector;                  // of a line
@@ -46,7 +45,7 @@ struct GemmShape {
   static constexpr int kPass = kThreads / kVectors;
   static constexpr int kPassesA = (kRows + kPass - 1) / kPass, kPassesB = kCols / kPass;
   static constexpr int kStagedBytes = kShape.staged_bytes();
-  static constexpr int kStagedPitch = kStagedBytes / 16;
+  static constexpr int kStagedPitch = kColsOfWarp + 8;  // floats
   static constexpr int kStagedAt = kStages * kSlotBytes;
   static constexpr int kQueueAt = kStagedAt + kShape.warps() * kStagedBytes;
   static_assert(kRowsOfWarp % 16 == 0 && kColsOfWarp % 16 == 0, "fragments are 16 x 16");
@@ -249,8 +248,8 @@ class WarpTile {
     }
   }
 
-  // Activation, routing weight, rounding, 16 rows and kPart groups of 8 columns at a time, through
-  // `staged`, this warp's own.
+  // Activation, routing weight, rounding: 8 rows at a time through `staged`, this warp's own, so
+  // that a thread gets 8 neighbouring columns and the code of the activations stands once.
   __device__ void finish(const GroupedGemm& p, const Item& item, unsigned char* staged) const {
     float weights[kWeights];  // of the warp's rows `lane`, `lane` + 32, ...
 #pragma unroll
@@ -259,53 +258,16 @@ class WarpTile {
       const bool there = p.row_weights && row_of_tile < item.row_count;
       weights[w] = there ? p.row_weights[item.row_begin + row_of_tile] : 1.0f;
     }
-    const bool gated = is_gated(p.activation.kind);
-    const ActivationScalars scalars = scalars_of(p.activation, item.expert);
+    float* const floats = reinterpret_cast<float*>(staged);
 #pragma unroll 1
-    for (int i = 0; i < kI; ++i) {
-      if (row(i) >= item.row_count) break;
-      float weight[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int in_warp = i * 16 + half * 8 + threadIdx.x % 32 / 4;
-#pragma unroll
-        for (int w = 0; w < kWeights; ++w) {
-          const float of_row = __shfl_sync(0xffffffffu, weights[w], in_warp % 32);
-          if (w == 0 || in_warp / 32 == w) weight[half] = of_row;
-        }
-      }
-#pragma unroll 1
-      for (int part = 0; part < kJ / kPart; ++part) {
-        float values[kPart][4];
-#pragma unroll
-        for (int ii = 0; ii < kI; ++ii) {  // No index of an array in registers may be a variable.
-#pragma unroll
-          for (int pp = 0; pp < kJ / kPart; ++pp) {
-            if (ii == i && pp == part) copy_part(ii, pp, values);
-          }
-        }
-        if (gated) {
-          float gate[kPart / 2][4], up[kPart / 2][4];
-#pragma unroll
-          for (int j = 0; j < kPart / 2; ++j) {
-#pragma unroll
-            for (int q = 0; q < 4; ++q) {
-              gate[j][q] = values[2 * j][q];
-              up[j][q] = values[2 * j + 1][q];
-            }
-          }
-          activate<kPart * 2>(p.activation.kind, scalars, &gate[0][0], &up[0][0]);
-          stage<kPart / 2>(part, gate, weight, staged);
-        } else {
-          activate<kPart * 4>(p.activation.kind, scalars, &values[0][0], nullptr);
-          stage<kPart>(part, values, weight, staged);
-        }
-      }
+    for (int eight = 0; eight < 2 * kI; ++eight) {
+      if (row(eight / 2) + eight % 2 * 8 >= item.row_count) break;
+      stage(eight, floats);
       __syncwarp();
-      if (gated) {
-        store<kJ / 2>(p, item, i, staged);
+      if (is_gated(p.activation.kind)) {
+        store<true>(p, item, eight, weights, floats);
       } else {
-        store<kJ>(p, item, i, staged);
+        store<false>(p, item, eight, weights, floats);
       }
       __syncwarp();
     }
@@ -336,49 +298,76 @@ class WarpTile {
     }
   }
 
-  static constexpr int kPart = kJ % 4 == 0 ? 4 : 2;
+  // Where the staged groups of 8 columns lie: the even ones, then the odd ones, shifted by four
+  // banks. So gates stand apart from ups, and neither side's accesses meet in a bank more than
+  // twice.
+  static constexpr int kOddAt = Shape::kColsOfWarp / 2 + 4;
 
-  __device__ void copy_part(int i, int part, float (&values)[kPart][4]) const {
+  // A branch for each, or the accumulators would have to be chosen one by one: no index of an array
+  // in registers may be a variable.
+  template <int kEight = 0>
+  __device__ void stage(int eight, float* floats) const {
+    if constexpr (kEight < 2 * kI) {
+      if (eight != kEight) return stage<kEight + 1>(eight, floats);
+      const int lane = threadIdx.x % 32;
+      float* const to = floats + lane / 4 * Shape::kStagedPitch + lane % 4 * 2;
 #pragma unroll
-    for (int j = 0; j < kPart; ++j) {
-#pragma unroll
-      for (int q = 0; q < 4; ++q) values[j][q] = acc_[i][part * kPart + j][q];
-    }
-  }
-
-  // A part's kGroups groups of 8 columns, each its 16 bytes of a staged row.
-  template <int kGroups>
-  __device__ static void stage(int part, const float (&values)[kGroups][4],
-                               const float (&weight)[2], unsigned char* staged) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const T low = ptx::from_float<T>(values[j][2 * half] * weight[half]);
-        const T high = ptx::from_float<T>(values[j][2 * half + 1] * weight[half]);
-        *reinterpret_cast<uint32_t*>(staged + (half * 8 + lane / 4) * Shape::kStagedPitch +
-                                     (part * kGroups + j) * 16 + lane % 4 * 4) =
-            static_cast<uint32_t>(high.bits) << 16 | low.bits;
+      for (int j = 0; j < kJ; ++j) {
+        const float* const from = acc_[kEight / 2][j] + kEight % 2 * 2;
+        *reinterpret_cast<float2*>(to + j % 2 * kOddAt + j / 2 * 8) = {from[0], from[1]};
       }
     }
   }
 
-  // The staged rows, kGroups groups of 8 columns each, as the warp's rows 16 * i ...
-  template <int kGroups>
-  __device__ static void store(const GroupedGemm& p, const Item& item, int i,
-                               const unsigned char* staged) {
-    const int first_column = (item.column_tile * Shape::kCols + column()) * kGroups / kJ;
+  // The staged rows: the warp's rows 8 * eight ...
+  template <bool kGated>
+  __device__ static void store(const GroupedGemm& p, const Item& item, int eight,
+                               const float (&weights)[kWeights], const float* floats) {
+    constexpr int kVectors = kGated ? kJ / 2 : kJ;  // of a row
+    const int first_column = (item.column_tile * Shape::kCols + column()) / (kGated ? 2 : 1);
+#pragma unroll 1
+    for (int first = 0; first < 8 * kVectors; first += 32) {
+      const int number = first + threadIdx.x % 32;
+      const int row_of_eight = number / kVectors, vector = number % kVectors;
+      float weight = 1;
 #pragma unroll
-    for (int v = threadIdx.x % 32; v < 16 * kGroups; v += 32) {
-      const int row_of_tile = row(i) + v / kGroups;
-      const int column = first_column + v % kGroups * kVector;
-      if (row_of_tile < item.row_count && column < p.n) {
-        const int64_t to = (item.row_begin + row_of_tile) * p.out_stride + column;
-        *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to) = *reinterpret_cast<const uint4*>(
-            staged + v / kGroups * Shape::kStagedPitch + v % kGroups * 16);
+      for (int w = 0; w < kWeights; ++w) {
+        const float of_row = __shfl_sync(0xffffffffu, weights[w], eight % 4 * 8 + row_of_eight);
+        if (w == 0 || eight / 4 == w) weight = of_row;
       }
+      const int row_of_tile = row(eight / 2) + eight % 2 * 8 + row_of_eight;
+      const int column = first_column + vector * kVector;
+      if (row_of_eight >= 8 || row_of_tile >= item.row_count || column >= p.n) continue;
+      const float* const from = floats + row_of_eight * Shape::kStagedPitch;
+      float values[kVector];
+      if constexpr (kGated) {
+        float ups[kVector];
+        load_vector(from + vector * kVector, values);
+        load_vector(from + kOddAt + vector * kVector, ups);
+        activate_gated<kVector>(p.activation.kind, scalars_of(p.activation, item.expert), values,
+                                ups);
+      } else {
+        load_vector(from + vector % 2 * kOddAt + vector / 2 * kVector, values);
+        activate<kVector>(p.activation.kind, values);
+      }
+      uint4 packed;
+      pack(values[0] * weight, values[1] * weight, packed.x);
+      pack(values[2] * weight, values[3] * weight, packed.y);
+      pack(values[4] * weight, values[5] * weight, packed.z);
+      pack(values[6] * weight, values[7] * weight, packed.w);
+      const int64_t to = (item.row_begin + row_of_tile) * p.out_stride + column;
+      *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to) = packed;
     }
+  }
+
+  __device__ static void load_vector(const float* from, float (&values)[kVector]) {
+    const float4 low = reinterpret_cast<const float4*>(from)[0];
+    const float4 high = reinterpret_cast<const float4*>(from)[1];
+    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+  }
+  __device__ static void pack(float low, float high, uint32_t& to) {
+    to = static_cast<uint32_t>(ptx::from_float<T>(high).bits) << 16 | ptx::from_float<T>(low).bits;
   }
 
   float acc_[kI][kJ][4];
@@ -487,7 +476,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     if (live > 0) {
       WarpTile<T, Shape> product;
       product.begin(p, item, staged);
-      if (Shape::kUneven && live < Shape::kI) {
+      if (live < Shape::kI) {
         multiply_item<false>(steps, live, product, copier, cursor);
       } else {
         multiply_item<true>(steps, live, product, copier, cursor);

@@ -16,16 +16,14 @@
 namespace simple_moe::cuda {
 
 // rows x cols of output, depth of k a step, a ring of `stages` steps, warps in a grid, blocks a
-// multiprocessor. `uneven`: tiles with fewer rows get a loop of their own, which multiplies only
-// those there are. It costs the loop for whole tiles instructions, so only where few are whole.
+// multiprocessor.
 struct GemmTile {
   int rows, cols, depth, stages, warp_rows, warp_cols, blocks;
-  bool uneven = false;
 
   constexpr int warps() const { return warp_rows * warp_cols; }
   constexpr int slot_bytes() const { return (rows + cols) * depth * 2; }
-  // 16 rows of a warp's output, padded by 16 bytes against bank conflicts.
-  constexpr int staged_bytes() const { return 16 * (cols / warp_cols + 8) * 2; }
+  // 8 rows of a warp's sums in float32, padded by 32 bytes against bank conflicts.
+  constexpr int staged_bytes() const { return 8 * (cols / warp_cols + 8) * 4; }
   // Items whose copies have begun and whose products have not ended, and the next.
   constexpr int queue() const { return stages + 3; }
   constexpr int bytes() const {
@@ -35,9 +33,9 @@ struct GemmTile {
 
 // Of one height the best first, where it fits and there is enough to do.
 inline constexpr GemmTile kShapes[] = {
-    {192, 192, 64, 4, 2, 4, 1, true}, {128, 256, 64, 4, 2, 4, 1}, {128, 256, 64, 3, 2, 4, 1},
-    {128, 128, 32, 4, 2, 2, 2},       {64, 128, 64, 3, 2, 2, 2},  {32, 128, 64, 4, 1, 4, 2},
-    {32, 64, 64, 5, 1, 4, 3},         {16, 128, 64, 5, 1, 4, 2},  {16, 64, 64, 6, 1, 4, 3},
+    {192, 192, 64, 4, 2, 4, 1}, {128, 256, 64, 4, 2, 4, 1}, {128, 256, 64, 3, 2, 4, 1},
+    {128, 128, 32, 4, 2, 2, 2}, {64, 128, 64, 3, 2, 2, 2},  {32, 128, 64, 4, 1, 4, 2},
+    {32, 64, 64, 5, 1, 4, 3},   {16, 128, 64, 5, 1, 4, 2},  {16, 64, 64, 6, 1, 4, 3},
 };
 inline constexpr int kShapeCount = sizeof(kShapes) / sizeof(GemmTile);
 inline constexpr int kHighest = 0;
