@@ -104,8 +104,11 @@ PLANTED = {
     "chunks' counts not carried on": (
         SORT, "in_bin += __shfl_sync(kAll, upto, 31);", "in_bin = __shfl_sync(kAll, upto, 31);",
         properties.test_sort_by_expert),
-    "count changed while read": (
-        SORT, "__syncwarp();  // all have read the count", "", properties.test_sort_by_expert),
+    "place changed while read": (
+        SORT, "__syncwarp();  // all have read the place", "", properties.test_sort_by_expert),
+    "two blocks' chunks scattered": (
+        SORT, "if (chunk % gridDim.x != blockIdx.x ||", "if (chunk / gridDim.x != blockIdx.x ||",
+        properties.test_sort_by_expert),
     "last offset not written": (
         SORT, "p.expert_offsets[b] = begin[b];", "if (b < p.experts) p.expert_offsets[b] = begin[b];",
         properties.test_sort_by_expert),

@@ -7,9 +7,10 @@
 // The bin after the last expert takes the slots whose expert is not held here. Whoever sums lays
 // the row tiles out too, where they are wanted.
 //
-// Few slots: all three in one block, everything between them in registers and shared memory, so
-// that the latency of memory is paid once. Many: a kernel each, counts in global memory
-// [chunks][bins]; one block sums, a warp a bin.
+// Few slots: all three in one kernel, everything between them in registers and shared memory, so
+// that the latency of memory is paid once. Its blocks all count and sum the same, and each scatters
+// some of the chunks: those stores, a sector each, are what takes a multiprocessor's time. Many: a
+// kernel each, counts in global memory [bins][chunks]; one block sums, a warp a bin.
 #include "block_scan.cuh"
 #include "device.h"
 #include "floats.cuh"
@@ -23,9 +24,10 @@ namespace {
 constexpr int kBlock = 1024;  // threads of a block that sums
 constexpr int kMaxWarps = kBlock / 32;
 constexpr int kWarpsAtOnce = 4;  // warps of a block that only counts or scatters
-constexpr int kMaxChunks = 128;  // of the three kernels; also bounds the scratch
-constexpr int kSlotsOfLane = 8;  // in registers, of the one block
-constexpr int64_t kOneBlockSlots = kBlock * kSlotsOfLane;
+constexpr int kMaxChunks = 256;  // of the three kernels; also bounds the scratch
+constexpr int kSlotsOfLane = 8;  // in registers, of the one kernel
+constexpr int64_t kOneKernelSlots = kBlock * kSlotsOfLane;
+constexpr int64_t kSlotsOfBlock = 512;  // that a block of the one kernel scatters
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Chunks {
@@ -58,19 +60,19 @@ struct Slots {
     }
   }
 
-  // `counts`, of the warp's own, get one more for each slot.
-  __device__ void count(int32_t* counts) const {
+  // count(bin), of the warp's own, gets one more for each slot.
+  template <typename Count>
+  __device__ void add_to(const Count& count) const {
 #pragma unroll
     for (int i = 0; i < kSlotsOfLane; ++i) {
-      if (bin[i] >= 0) atomicAdd(&counts[bin[i]], 1);
+      if (bin[i] >= 0) atomicAdd(&count(bin[i]), 1);
     }
   }
 
-  // In order: those of one bin go to consecutive places, from begin(bin) + count(bin) on, which
-  // counts the slots before.
-  template <typename Begin, typename Count>
-  __device__ void scatter(const SortByExpert& p, int64_t first, int64_t end, const Begin& begin,
-                          const Count& count) const {
+  // In order: those of one bin go to consecutive places, from place_of(bin) on, which moves on.
+  template <typename Place>
+  __device__ void scatter(const SortByExpert& p, int64_t first, int64_t end,
+                          const Place& place_of) const {
 #pragma unroll
     for (int i = 0; i < kSlotsOfLane; ++i) {
       if (first + 32 * i >= end) break;
@@ -78,7 +80,7 @@ struct Slots {
       const unsigned peers = __match_any_sync(kAll, bin[i]);
       const int rank = __popc(peers & ((1u << threadIdx.x % 32) - 1));
       if (bin[i] >= 0) {
-        const int place = begin(bin[i]) + count(bin[i]) + rank;
+        const int place = place_of(bin[i]) + rank;
         if (p.sorted_slots) p.sorted_slots[place] = static_cast<int32_t>(slot);
         if (p.slot_rows) p.slot_rows[slot] = bin[i] < p.experts ? place : -1;
         if (p.source_rows) {
@@ -86,8 +88,8 @@ struct Slots {
           p.row_weights[place] = weight[i];
         }
       }
-      __syncwarp();  // all have read the count
-      if (bin[i] >= 0 && rank == 0) count(bin[i]) += __popc(peers);
+      __syncwarp();  // all have read the place
+      if (bin[i] >= 0 && rank == 0) place_of(bin[i]) += __popc(peers);
       __syncwarp();
     }
   }
@@ -100,7 +102,7 @@ struct Slots {
 
 // Both sums of a bin at once: slots in the low half, row tiles in the high one.
 constexpr int kHalf = 16;
-static_assert(kOneBlockSlots < 1 << (kHalf - 1));
+static_assert(kOneKernelSlots < 1 << (kHalf - 1));
 
 // Shared memory: counts [chunks][bins], begin [bins], a block scan's totals.
 __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chunks chunks) {
@@ -118,7 +120,7 @@ __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chun
   if (chunk < chunks.count) {
     for (int b = lane; b < bins; b += 32) own[b] = 0;
     __syncwarp();
-    slots.count(own);
+    slots.add_to([&](int b) -> int32_t& { return own[b]; });
   }
   __syncthreads();
 
@@ -139,8 +141,8 @@ __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chun
     int of_round;
     const int both = tiles << kHalf | in_bin;
     const int upto = before + block_scan(both, Sum(), totals, of_round) - both;
-    if (b < bins) {
-      begin[b] = upto & ((1 << kHalf) - 1);
+    if (b < bins) begin[b] = upto & ((1 << kHalf) - 1);
+    if (b < bins && blockIdx.x == 0) {
       p.expert_offsets[b] = begin[b];
       for (int t = 0; t < tiles; ++t) {
         p.row_tiles.data()[(upto >> kHalf) + t] = row_tile_of(p.row_tiles, b, begin[b], in_bin, t);
@@ -148,51 +150,67 @@ __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chun
     }
     before += of_round;
   }
-  if (height > 0 && threadIdx.x == 0) *p.row_tiles.head = {before >> kHalf, {}};
+  if (height > 0 && blockIdx.x == 0 && threadIdx.x == 0) {
+    *p.row_tiles.head = {before >> kHalf, {}};
+  }
   __syncthreads();
-
-  slots.scatter(
-      p, first, end, [&](int b) { return begin[b]; }, [&](int b) -> int32_t& { return own[b]; });
+  if (chunk % gridDim.x != blockIdx.x || chunk >= chunks.count) return;
+  for (int b = lane; b < bins; b += 32) own[b] += begin[b];
+  __syncwarp();
+  slots.scatter(p, first, end, [&](int b) -> int32_t& { return own[b]; });
 }
 
 // ---- many slots ----
 
 constexpr int64_t kBatch = 32 * kSlotsOfLane;
 
-// `in_smem`: a warp counts in shared memory, [warps][bins], and writes its column of the counts at
-// the end.
+// A chunk's counts while its warp works on them: in shared memory, [warps][bins], or in place.
+struct Counts {
+  __device__ Counts(const SortByExpert& p, Chunks chunks, int chunk, bool in_smem)
+      : in_place(p.counts + chunk), chunks(chunks.count), own(in_place), stride(chunks.count) {
+    if (!in_smem) return;
+    own = reinterpret_cast<int32_t*>(ptx::dynamic_smem()) + threadIdx.x / 32 * (p.experts + 1);
+    stride = 1;
+  }
+  __device__ int32_t& operator()(int64_t bin) const { return own[bin * stride]; }
+  __device__ int32_t& global(int64_t bin) const { return in_place[bin * chunks]; }
+
+  int32_t* in_place;
+  int64_t chunks;
+  int32_t* own;
+  int64_t stride;
+};
+
 __global__ void __launch_bounds__(32 * kWarpsAtOnce)
     count_kernel(const SortByExpert p, Chunks chunks, bool in_smem) {
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int chunk = blockIdx.x * kWarpsAtOnce + warp;
+  const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (chunk >= chunks.count) return;
   const int64_t bins = p.experts + 1, end = end_of_chunk(p, chunks, chunk);
-  int32_t* const own = in_smem ? reinterpret_cast<int32_t*>(ptx::dynamic_smem()) + warp * bins
-                               : p.counts + chunk * bins;
-  for (int64_t bin = lane; bin < bins; bin += 32) own[bin] = 0;
+  const Counts counts(p, chunks, chunk, in_smem);
+  for (int64_t bin = lane; bin < bins; bin += 32) counts(bin) = 0;
   __syncwarp();
   for (int64_t first = chunk * chunks.length; first < end; first += kBatch) {
-    Slots(p, first, end).count(own);
+    Slots(p, first, end).add_to(counts);
   }
   __syncwarp();
   if (!in_smem) return;
-  for (int64_t bin = lane; bin < bins; bin += 32) p.counts[chunk * bins + bin] = own[bin];
+  for (int64_t bin = lane; bin < bins; bin += 32) counts.global(bin) = counts(bin);
 }
 
-// A warp takes a bin: its counts, `stride` apart, become the places of the chunks within it.
-__device__ __forceinline__ int sum_bin(int32_t* counts, int64_t stride, int chunks) {
+// A warp takes a bin: its counts become the places of the chunks within it.
+__device__ __forceinline__ int sum_bin(int32_t* counts, int chunks) {
   const int lane = threadIdx.x % 32;
   int here[kMaxChunks / 32], in_bin = 0;
 #pragma unroll
   for (int i = 0; i < kMaxChunks / 32; ++i) {
-    here[i] = 32 * i + lane < chunks ? counts[(32 * i + lane) * stride] : 0;
+    here[i] = 32 * i + lane < chunks ? counts[32 * i + lane] : 0;
   }
 #pragma unroll
   for (int i = 0; i < kMaxChunks / 32; ++i) {
     const int upto = warp_scan(here[i], Sum());
-    if (32 * i + lane < chunks) counts[(32 * i + lane) * stride] = in_bin + upto - here[i];
+    if (32 * i + lane < chunks) counts[32 * i + lane] = in_bin + upto - here[i];
     in_bin += __shfl_sync(kAll, upto, 31);
   }
   return in_bin;
@@ -204,7 +222,7 @@ __global__ void __launch_bounds__(kBlock) sum_kernel(const SortByExpert p, Chunk
   int* const totals = reinterpret_cast<int*>(ptx::dynamic_smem());
   const int64_t bins = p.experts + 1;
   for (int64_t bin = threadIdx.x / 32; bin < bins; bin += kMaxWarps) {
-    const int in_bin = sum_bin(p.counts + bin, bins, chunks.count);
+    const int in_bin = sum_bin(p.counts + bin * chunks.count, chunks.count);
     if (threadIdx.x % 32 == 0) p.expert_offsets[bin] = in_bin;
   }
   __syncthreads();
@@ -223,31 +241,20 @@ __global__ void __launch_bounds__(kBlock) sum_kernel(const SortByExpert p, Chunk
                         *reinterpret_cast<RowTilesStorage<kBlock>*>(totals));
 }
 
-// `in_smem`: a warp keeps in shared memory, [warps][bins], where the next slot of each bin goes.
 __global__ void __launch_bounds__(32 * kWarpsAtOnce)
     scatter_kernel(const SortByExpert p, Chunks chunks, bool in_smem) {
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int chunk = blockIdx.x * kWarpsAtOnce + warp;
+  const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (chunk >= chunks.count) return;
   const int64_t bins = p.experts + 1, end = end_of_chunk(p, chunks, chunk);
-  int32_t* const counts = p.counts + chunk * bins;
-  int32_t* const places = reinterpret_cast<int32_t*>(ptx::dynamic_smem()) + warp * bins;
-  for (int64_t bin = lane; in_smem && bin < bins; bin += 32) {
-    places[bin] = p.expert_offsets[bin] + counts[bin];
+  const Counts counts(p, chunks, chunk, in_smem);
+  for (int64_t bin = lane; bin < bins; bin += 32) {
+    counts(bin) = counts.global(bin) + p.expert_offsets[bin];
   }
   __syncwarp();
   for (int64_t first = chunk * chunks.length; first < end; first += kBatch) {
-    const Slots slots(p, first, end);
-    if (in_smem) {
-      slots.scatter(
-          p, first, end, [](int) { return 0; }, [&](int b) -> int32_t& { return places[b]; });
-    } else {
-      slots.scatter(
-          p, first, end, [&](int b) { return p.expert_offsets[b]; },
-          [&](int b) -> int32_t& { return counts[b]; });
-    }
+    Slots(p, first, end).scatter(p, first, end, counts);
   }
 }
 
@@ -262,24 +269,25 @@ size_t sort_smem(Chunks chunks, int64_t experts) {
   return sizeof(int32_t) * (static_cast<size_t>(chunks.count + 1) * (experts + 1) + kMaxWarps);
 }
 
-bool fits_one_block(int64_t slots, int64_t experts) {
-  return slots <= kOneBlockSlots &&
+bool fits_one_kernel(int64_t slots, int64_t experts) {
+  return slots <= kOneKernelSlots &&
          sort_smem(cut(slots, kMaxWarps), experts) <= device_info().smem_per_block;
 }
 
 }  // namespace
 
 int64_t sort_by_expert_counts(int64_t slots, int64_t experts) {
-  return fits_one_block(slots, experts) ? 0 : cut(slots, kMaxChunks).count * (experts + 1);
+  return fits_one_kernel(slots, experts) ? 0 : cut(slots, kMaxChunks).count * (experts + 1);
 }
 
 void sort_by_expert(const SortByExpert& p, cudaStream_t stream) {
-  if (fits_one_block(p.slots, p.experts)) {
+  if (fits_one_kernel(p.slots, p.experts)) {
     const Chunks chunks = cut(p.slots, kMaxWarps);
     // A warp a chunk, and a thread a bin as far as there are threads.
     const int64_t warps_of_bins = (p.experts + 32) / 32;
     const int64_t warps = chunks.count > warps_of_bins ? chunks.count : warps_of_bins;
-    launch<Start::kEarly>(sort_kernel, 1,
+    const int64_t blocks = p.slots > 0 ? (p.slots + kSlotsOfBlock - 1) / kSlotsOfBlock : 1;
+    launch<Start::kEarly>(sort_kernel, blocks,
                           32 * static_cast<int>(warps < kMaxWarps ? warps : kMaxWarps),
                           sort_smem(chunks, p.experts), stream, p, chunks);
     return;
