@@ -21,13 +21,13 @@ void cublas_grouped_gemm(const GroupedGemm& p, cudaStream_t stream);
 namespace {
 
 const Backend kCpu{"auto", [](const GroupedGemm& p, Stream) { cpu::grouped_gemm(p); },
-                   [] { return true; }, true};
+                   [] { return true; }, true, false};
 
 // One more backend is one more file and one more line here. The fastest first.
 const std::vector<Backend> kCudaBackends{
 #ifdef SIMPLE_MOE_CUDA
-    {"sm80", cuda::grouped_gemm, [] { return device_info().major >= 8; }, true},
-    {"cublas", cuda::cublas_grouped_gemm, [] { return true; }, false},
+    {"sm80", cuda::grouped_gemm, [] { return device_info().major >= 8; }, true, true},
+    {"cublas", cuda::cublas_grouped_gemm, [] { return true; }, false, false},
 #endif
 };
 

@@ -231,11 +231,9 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
   Floats weights = floats_of(in.weights);
   weights.data = offset(weights.data, first_slot * element_size(weights.dtype));
   const SortByExpert sort{
-      .topk_ids = offset(in.ids.const_data_ptr(), first_slot * (layer.ids_are_int64 ? 8 : 4)),
-      .ids_are_int64 = layer.ids_are_int64,
+      .ids = {offset(in.ids.const_data_ptr(), first_slot * (layer.ids_are_int64 ? 8 : 4)),
+              layer.ids_are_int64, layer.experts, a.expert_offset},
       .slots = slots,
-      .experts = layer.experts,
-      .expert_offset = a.expert_offset,
       .expert_offsets = workspace.expert_offsets(),
       .sorted_slots = nullptr,
       .slot_rows = workspace.slot_rows(),
@@ -246,22 +244,30 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
       .counts = workspace.counts(),
       .row_tiles = workspace.row_tiles(),
   };
-  place.sort_by_expert(sort);
+  // One token's slots are its rows where the kernels can tell.
+  const bool sorted = tokens > 1 || !backend.needs_no_sort_of_one_token;
+  RowTiles row_tiles = sort.row_tiles;
+  if (sorted) {
+    place.sort_by_expert(sort);
+  } else {
+    row_tiles.head = nullptr;
+    row_tiles.ids = sort.ids;
+  }
 
   const Defaults defaults = defaults_of(layer.activation);
   const GroupedGemm first{
       .dtype = layer.dtype,
       .out_dtype = layer.dtype,
       .a = offset(in.x.data, first_token * in.x.stride * element),
-      .a_stride = in.x.stride,
+      .a_stride = sorted ? in.x.stride : 0,
       .rows = slots,
       .n = layer.intermediate,
       .k = layer.hidden,
       .experts = layer.experts,
       .expert_offsets = sort.expert_offsets,
-      .source_rows = sort.source_rows,
+      .source_rows = sorted ? sort.source_rows : nullptr,
       .source_count = tokens,
-      .row_tiles = sort.row_tiles,
+      .row_tiles = row_tiles,
       .claimant = 0,
       .only_a_is_new = false,
       .b = in.w1.data,
@@ -277,7 +283,7 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
                      .expert_beta = data_of(in.betas),
                      .expert_limit = data_of(in.limits)},
       .gate_layout = layer.gate_layout,
-      .row_weights = nullptr,
+      .row_weights = {},
       .out = workspace.h1(),
       .out_stride = layer.intermediate,
       .zero_other_rows = false,
@@ -300,7 +306,7 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
   second.bias = floats_of(in.b2);
   second.activation = {};
   second.gate_layout = GateLayout::kGateUp;
-  second.row_weights = sort.row_weights;
+  second.row_weights = sorted ? Floats{sort.row_weights} : weights;
   second.out = workspace.h2();
   second.out_stride = layer.hidden;
   backend.grouped_gemm(second, place.stream());
@@ -316,7 +322,8 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
       .rows = slots,
       .topk = static_cast<int>(layer.topk),
       .weights = {},
-      .slot_rows = sort.slot_rows,
+      .slot_rows = sorted ? sort.slot_rows : nullptr,
+      .ids = sort.ids,
       .sorted_slots = nullptr,
       .expert_offsets = nullptr,
       .experts = layer.experts,

@@ -63,7 +63,7 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
       .bias = floats_of(biases),
       .activation = {},
       .gate_layout = GateLayout::kGateUp,
-      .row_weights = nullptr,
+      .row_weights = {},
       .out = out.mutable_data_ptr(),
       .out_stride = n,
       .zero_other_rows = true,

@@ -73,6 +73,24 @@ struct TopkRoute {
   uint32_t* keys;  // scratch [tokens, experts + num_groups] where shared memory is too small
 };
 
+// The experts of the slots, as the caller numbers them. Those held here are the `experts` from
+// `offset` on.
+struct TopkIds {
+  const void* data = nullptr;  // [slots], contiguous
+  bool are_int64 = false;
+  int64_t experts = 0, offset = 0;
+};
+
+// A slot's expert, numbered as those held here; `experts` where it isn't. Compared before the
+// subtraction, which might overflow.
+SIMPLE_MOE_HOST_DEVICE int64_t local_expert(const TopkIds& ids, int64_t slot) {
+  const int64_t id = ids.are_int64 ? static_cast<const int64_t*>(ids.data)[slot]
+                                   : static_cast<const int32_t*>(ids.data)[slot];
+  if (id < ids.offset) return ids.experts;
+  const uint64_t local = static_cast<uint64_t>(id) - static_cast<uint64_t>(ids.offset);
+  return local < static_cast<uint64_t>(ids.experts) ? static_cast<int64_t>(local) : ids.experts;
+}
+
 // A row tile is up to so many neighbouring rows of one expert: what a product's tile is made of.
 // Neighbouring tiles of an expert form a group, which a sweep over the columns takes at once. A
 // tile is told by its group: so many rows from `begin` on, in so many tiles of which it is number
@@ -90,12 +108,14 @@ struct alignas(16) RowTilesHead {
 };
 static_assert(sizeof(RowTilesHead) == sizeof(RowTile));
 
-// The row tiles of all experts, in order.
+// The row tiles of all experts, in order. Or, without `head`, those of one token, which need no
+// sort: row k is slot k's, and a tile of its own if its expert is held here.
 struct RowTiles {
   int height = 0;  // the most rows of one; 0: there are none
   int group = 1;   // the most tiles of a group
   int most = 0;    // how many there can be
   RowTilesHead* head = nullptr;
+  TopkIds ids;
 
   int64_t bytes() const { return (most + 1) * static_cast<int64_t>(sizeof(RowTile)); }
   SIMPLE_MOE_HOST_DEVICE RowTile* data() const { return reinterpret_cast<RowTile*>(head + 1); }
@@ -103,9 +123,8 @@ struct RowTiles {
 
 // A stable counting sort of the slots by local expert.
 struct SortByExpert {
-  const void* topk_ids;  // [slots], contiguous
-  bool ids_are_int64;
-  int64_t slots, experts, expert_offset;
+  TopkIds ids;
+  int64_t slots;
   int32_t* expert_offsets;  // [experts + 1]
   int32_t* sorted_slots;    // [slots] or null
   int32_t* slot_rows;       // [slots] or null: where a slot went, -1 if its expert is not held here
@@ -141,8 +160,8 @@ struct GroupedGemm {
   Floats bias;  // [experts, n or 2 n]
   ActivationParams activation;
   GateLayout gate_layout;
-  const float* row_weights;  // [rows] or null
-  void* out;                 // [rows, n], contiguous rows out_stride apart
+  Floats row_weights;  // [rows] or null
+  void* out;           // [rows, n], contiguous rows out_stride apart
   int64_t out_stride;
   bool zero_other_rows;
 };
@@ -166,8 +185,10 @@ struct Combine {
   int64_t tokens, hidden, rows;
   int topk;
   Floats weights;  // [tokens, topk], or null: the rows are weighted already
-  // Where slot t * topk + k went. Given by sort_by_expert, or made from the two below.
+  // Where slot t * topk + k went. Given by sort_by_expert, or made from the two below. Null: there
+  // is one token, and slot k's row is k if its expert is held here.
   int32_t* slot_rows;
+  TopkIds ids;
   const int32_t* sorted_slots;    // with expert_offsets; null too where there are no rows
   const int32_t* expert_offsets;  // null: slot_rows is filled already
   int64_t experts;

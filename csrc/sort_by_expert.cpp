@@ -27,11 +27,8 @@ std::tuple<Tensor, Tensor> sort_by_expert(const Tensor& topk_ids, int64_t num_ex
       empty(topk_ids, {place.sort_by_expert_counts(slots, num_experts)}, ScalarType::Int);
   const Tensor ids = contiguous_of(topk_ids);
   const SortByExpert p{
-      .topk_ids = ids.const_data_ptr(),
-      .ids_are_int64 = ids_are_int64,
+      .ids = {ids.const_data_ptr(), ids_are_int64, num_experts, expert_offset},
       .slots = slots,
-      .experts = num_experts,
-      .expert_offset = expert_offset,
       .expert_offsets = int32_data(expert_offsets),
       .sorted_slots = int32_data(sorted_slots),
       .slot_rows = nullptr,

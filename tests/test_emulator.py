@@ -407,6 +407,35 @@ def test_grouped_gemm_wgrad(emulator, data, dtype, kind, seed, machine):
     assert torch.equal(out.double(), expected)
 
 
+# ---- one token, whose slots are its rows ----
+
+
+@examples(60)
+@given(st.data(), FLOATS, SEEDS, MACHINES)
+def test_one_token(emulator, data, dtype, seed, machine):
+    slots, experts = data.draw(st.integers(1, 22)), data.draw(st.sampled_from([1, 3, 8]))
+    expert_offset = data.draw(st.sampled_from([0, 3]))
+    n, k = 8 * data.draw(st.integers(1, 20)), data.draw(SIZES)
+    random = Random(seed)
+    ids_dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
+    ids = random.integers(slots, low=-1, high=experts, dtype=ids_dtype) + expert_offset
+    routing = dict(topk_ids=ids, expert_offset=expert_offset)
+    experts_of = ids.long() - expert_offset
+    held = (experts_of >= 0) & (experts_of < experts)
+    b = random.integers(experts, n, k, dtype=dtype)
+    b[[e for e in range(experts) if e not in experts_of[held]]] = torch.nan
+    x, weights = random.integers(1, k, dtype=dtype), random.integers(slots, dtype=dtype) * 0.25
+    out = twice(emulator.grouped_gemm, x.expand(slots, k), b, None, rows=slots,
+                row_weights=weights, zero_other_rows=False, **routing, **machine)  # fmt: skip
+    products = b.double()[experts_of.clamp(0, experts - 1)] @ x[0].double()
+    expected = (weights.double()[:, None] * products).to(dtype)
+    assert torch.equal(out[held], expected[held])
+    assert out[~held].isnan().all()
+    total = twice(emulator.combine, out, None, tokens=1, topk=slots, experts=experts,
+                  **routing, **machine)  # fmt: skip
+    assert torch.equal(total, expected[held].double().sum(0, keepdim=True).to(dtype))
+
+
 # ---- combine ----
 
 

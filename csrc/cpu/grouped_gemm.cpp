@@ -70,7 +70,7 @@ class GroupedGemmRun {
     const Matrix product = in_place ? out : product_.matrix(DType::kFloat32, count, width_);
     multiply_rows(product, rows_of_a(first, count), weights);
     const bool identity = p_.activation.kind == Activation::kIdentity;
-    if (!identity || p_.bias.data || p_.row_weights) {
+    if (!identity || p_.bias.data || p_.row_weights.data) {
       with_type(p_.out_dtype, [&](auto* type) {
         apply_epilogue<std::remove_pointer_t<decltype(type)>>(out, product, expert, first);
       });
@@ -167,7 +167,7 @@ class GroupedGemmRun {
     torch::stable::parallel_for(
         0, product.rows, grain_of(4 * width_), [&](int64_t begin, int64_t end) {
           for (int64_t r = begin; r < end; ++r) {
-            const float weight = p_.row_weights ? p_.row_weights[first + r] : 1.0f;
+            const float weight = p_.row_weights.data ? load(p_.row_weights, first + r) : 1.0f;
             finish_row(static_cast<Out*>(out.data) + r * out.row_stride,
                        static_cast<const float*>(product.data) + r * product.row_stride, bias,
                        scalars, weight);

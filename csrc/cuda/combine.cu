@@ -33,6 +33,12 @@ __global__ void __launch_bounds__(kThreads) fill_slot_rows_kernel(const Combine 
   }
 }
 
+// -1: it isn't there.
+__device__ __forceinline__ int64_t row_of_slot(const Combine& p, int64_t slot) {
+  if (p.slot_rows) return p.slot_rows[slot];
+  return local_expert(p.ids, slot) < p.ids.experts ? slot : -1;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const Combine p, int column_blocks, bool aligned_in, bool aligned_out) {
@@ -48,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
     int64_t row[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      row[i] = first + i < p.topk && count > 0 ? p.slot_rows[token * p.topk + first + i] : -1;
+      row[i] = first + i < p.topk && count > 0 ? row_of_slot(p, token * p.topk + first + i) : -1;
     }
     if (first == 0 && p.only_rows_are_new) ptx::wait_for_earlier_kernels();
     float values[kAtOnce][kVector] = {};

@@ -61,9 +61,10 @@ __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert
       activate<kVector>(p.activation.kind, gate);
     }
     const int64_t out_row = first_row + row;
-    if (p.row_weights) {
+    if (p.row_weights.data) {
+      const float weight = load_float(p.row_weights, out_row);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) gate[i] *= p.row_weights[out_row];
+      for (int i = 0; i < kVector; ++i) gate[i] *= weight;
     }
     store_vector(p.out, p.out_dtype, out_row * p.out_stride + column, count, aligned, gate);
   }

@@ -255,8 +255,8 @@ class WarpTile {
 #pragma unroll
     for (int w = 0; w < kWeights; ++w) {
       const int lane = threadIdx.x % 32, row_of_tile = row(2 * w + lane / 16) + lane % 16;
-      const bool there = p.row_weights && row_of_tile < item.row_count;
-      weights[w] = there ? p.row_weights[item.row_begin + row_of_tile] : 1.0f;
+      const bool there = p.row_weights.data && row_of_tile < item.row_count;
+      weights[w] = there ? load_float(p.row_weights, item.row_begin + row_of_tile) : 1.0f;
     }
     float* const floats = reinterpret_cast<float*>(staged);
 #pragma unroll 1

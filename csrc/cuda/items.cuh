@@ -20,11 +20,15 @@ class Items {
   // Where only `a` is new this comes before the kernel waits: the row tiles' writer was waited for
   // by the kernel before, which nothing here has read them ahead of.
   __device__ explicit Items(const GroupedGemm& p)
-      : p_(p), count_(p.row_tiles.head->count * column_tiles()) {}
+      : p_(p),
+        count_((p.row_tiles.head ? p.row_tiles.head->count : tiles_of_one_token()) *
+               column_tiles()) {}
 
   // An item's group, from memory; the item, from that.
   __device__ RowTile look(unsigned number) const {
-    return number < count_ ? p_.row_tiles.data()[number / column_tiles()] : RowTile{};
+    if (number >= count_) return {};
+    const unsigned tile = number / column_tiles();
+    return p_.row_tiles.head ? p_.row_tiles.data()[tile] : tile_of_one_token(tile);
   }
   __device__ Item find(unsigned number, const RowTile& group) const {
     if (number >= count_) return {};
@@ -43,6 +47,27 @@ class Items {
   }
 
  private:
+  __device__ int tiles_of_one_token() const {
+    int tiles = 0;
+#pragma unroll 4
+    for (int slot = 0; slot < p_.rows; ++slot) {
+      tiles += local_expert(p_.row_tiles.ids, slot) < p_.experts;
+    }
+    return tiles;
+  }
+  // No branch leaves the loop: its loads are in flight at once.
+  __device__ RowTile tile_of_one_token(unsigned tile) const {
+    RowTile found{};
+    unsigned before = 0;
+#pragma unroll 4
+    for (int slot = 0; slot < p_.rows; ++slot) {
+      const int64_t expert = local_expert(p_.row_tiles.ids, slot);
+      const bool here = expert < p_.experts;
+      if (here && before == tile) found = {static_cast<int32_t>(expert), slot, 1, 0, 1};
+      before += here;
+    }
+    return found;
+  }
   __device__ unsigned column_tiles() const {
     const unsigned width = is_gated(p_.activation.kind) ? kCols / 2 : kCols;
     return (static_cast<unsigned>(p_.n) + width - 1) / width;
@@ -56,7 +81,8 @@ class Items {
 // by thread 0. The first few fall to every block alike; after that a block claims the next item
 // whenever it begins one. So the items in the making stay neighbours, and share what they read from
 // L2, however long the blocks have run; and all end together. (With fixed shares slower blocks fell
-// behind by whole tiles, and weights were read from memory three times over.)
+// behind by whole tiles, and weights were read from memory three times over.) Of one token all fall
+// to the blocks alike: there is nothing to share.
 //
 // An item takes two trips to memory: it is claimed, and looked up. Each is made while an earlier
 // item is copied.
@@ -81,7 +107,9 @@ class ItemQueue {
     queue_[(number + 1) % kSlots] = items_.find(next_, looked_);
     next_ = claimed_;
     looked_ = items_.look(next_);
-    claimed_ = 3 * gridDim.x + atomicAdd(&p_.row_tiles.head->claimed[p_.claimant], 1u);
+    RowTilesHead* const head = p_.row_tiles.head;
+    claimed_ =
+        head ? 3 * gridDim.x + atomicAdd(&head->claimed[p_.claimant], 1u) : claimed_ + gridDim.x;
   }
 
  private:

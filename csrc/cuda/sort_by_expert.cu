@@ -35,15 +35,6 @@ struct Chunks {
   int64_t length;  // slots of each but the last, a multiple of 32
 };
 
-__device__ __forceinline__ int bin_of(const SortByExpert& p, int64_t slot) {
-  const int64_t id = p.ids_are_int64 ? static_cast<const int64_t*>(p.topk_ids)[slot]
-                                     : static_cast<const int32_t*>(p.topk_ids)[slot];
-  // Compared before the subtraction, which might overflow.
-  if (id < p.expert_offset) return static_cast<int>(p.experts);
-  const uint64_t local = static_cast<uint64_t>(id) - static_cast<uint64_t>(p.expert_offset);
-  return static_cast<int>(local < static_cast<uint64_t>(p.experts) ? local : p.experts);
-}
-
 __device__ __forceinline__ int64_t end_of_chunk(const SortByExpert& p, Chunks chunks, int chunk) {
   const int64_t end = (chunk + 1) * chunks.length;
   return end < p.slots ? end : p.slots;
@@ -55,7 +46,7 @@ struct Slots {
 #pragma unroll
     for (int i = 0; i < kSlotsOfLane; ++i) {
       const int64_t slot = first + 32 * i + threadIdx.x % 32;
-      bin[i] = slot < end ? bin_of(p, slot) : -1;
+      bin[i] = slot < end ? static_cast<int>(local_expert(p.ids, slot)) : -1;
       weight[i] = slot < end && p.source_rows ? load_float(p.topk_weights, slot) : 0.0f;
     }
   }
@@ -82,7 +73,7 @@ struct Slots {
       if (bin[i] >= 0) {
         const int place = place_of(bin[i]) + rank;
         if (p.sorted_slots) p.sorted_slots[place] = static_cast<int32_t>(slot);
-        if (p.slot_rows) p.slot_rows[slot] = bin[i] < p.experts ? place : -1;
+        if (p.slot_rows) p.slot_rows[slot] = bin[i] < p.ids.experts ? place : -1;
         if (p.source_rows) {
           p.source_rows[place] = static_cast<int32_t>(slot / p.topk);
           p.row_weights[place] = weight[i];
@@ -108,7 +99,7 @@ static_assert(kOneKernelSlots < 1 << (kHalf - 1));
 __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chunks chunks) {
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
-  const int bins = static_cast<int>(p.experts) + 1, lane = threadIdx.x % 32;
+  const int bins = static_cast<int>(p.ids.experts) + 1, lane = threadIdx.x % 32;
   const int chunk = threadIdx.x / 32;
   int32_t* const counts = reinterpret_cast<int32_t*>(ptx::dynamic_smem());
   int32_t* const own = counts + chunk * bins;
@@ -137,7 +128,7 @@ __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chun
         in_bin += here;
       }
     }
-    const int tiles = height > 0 && b < p.experts ? (in_bin + height - 1) / height : 0;
+    const int tiles = height > 0 && b < p.ids.experts ? (in_bin + height - 1) / height : 0;
     int of_round;
     const int both = tiles << kHalf | in_bin;
     const int upto = before + block_scan(both, Sum(), totals, of_round) - both;
@@ -169,7 +160,7 @@ struct Counts {
   __device__ Counts(const SortByExpert& p, Chunks chunks, int chunk, bool in_smem)
       : in_place(p.counts + chunk), chunks(chunks.count), own(in_place), stride(chunks.count) {
     if (!in_smem) return;
-    own = reinterpret_cast<int32_t*>(ptx::dynamic_smem()) + threadIdx.x / 32 * (p.experts + 1);
+    own = reinterpret_cast<int32_t*>(ptx::dynamic_smem()) + threadIdx.x / 32 * (p.ids.experts + 1);
     stride = 1;
   }
   __device__ int32_t& operator()(int64_t bin) const { return own[bin * stride]; }
@@ -187,7 +178,7 @@ __global__ void __launch_bounds__(32 * kWarpsAtOnce)
   ptx::let_next_kernel_start();
   const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (chunk >= chunks.count) return;
-  const int64_t bins = p.experts + 1, end = end_of_chunk(p, chunks, chunk);
+  const int64_t bins = p.ids.experts + 1, end = end_of_chunk(p, chunks, chunk);
   const Counts counts(p, chunks, chunk, in_smem);
   for (int64_t bin = lane; bin < bins; bin += 32) counts(bin) = 0;
   __syncwarp();
@@ -220,7 +211,7 @@ __global__ void __launch_bounds__(kBlock) sum_kernel(const SortByExpert p, Chunk
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
   int* const totals = reinterpret_cast<int*>(ptx::dynamic_smem());
-  const int64_t bins = p.experts + 1;
+  const int64_t bins = p.ids.experts + 1;
   for (int64_t bin = threadIdx.x / 32; bin < bins; bin += kMaxWarps) {
     const int in_bin = sum_bin(p.counts + bin * chunks.count, chunks.count);
     if (threadIdx.x % 32 == 0) p.expert_offsets[bin] = in_bin;
@@ -237,7 +228,7 @@ __global__ void __launch_bounds__(kBlock) sum_kernel(const SortByExpert p, Chunk
   }
   if (p.row_tiles.height == 0) return;
   __syncthreads();  // the offsets are written, the shared memory is free
-  lay_row_tiles<kBlock>(p.expert_offsets, p.experts, p.slots, p.row_tiles,
+  lay_row_tiles<kBlock>(p.expert_offsets, p.ids.experts, p.slots, p.row_tiles,
                         *reinterpret_cast<RowTilesStorage<kBlock>*>(totals));
 }
 
@@ -247,7 +238,7 @@ __global__ void __launch_bounds__(32 * kWarpsAtOnce)
   ptx::let_next_kernel_start();
   const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (chunk >= chunks.count) return;
-  const int64_t bins = p.experts + 1, end = end_of_chunk(p, chunks, chunk);
+  const int64_t bins = p.ids.experts + 1, end = end_of_chunk(p, chunks, chunk);
   const Counts counts(p, chunks, chunk, in_smem);
   for (int64_t bin = lane; bin < bins; bin += 32) {
     counts(bin) = counts.global(bin) + p.expert_offsets[bin];
@@ -281,20 +272,20 @@ int64_t sort_by_expert_counts(int64_t slots, int64_t experts) {
 }
 
 void sort_by_expert(const SortByExpert& p, cudaStream_t stream) {
-  if (fits_one_kernel(p.slots, p.experts)) {
+  if (fits_one_kernel(p.slots, p.ids.experts)) {
     const Chunks chunks = cut(p.slots, kMaxWarps);
     // A warp a chunk, and a thread a bin as far as there are threads.
-    const int64_t warps_of_bins = (p.experts + 32) / 32;
+    const int64_t warps_of_bins = (p.ids.experts + 32) / 32;
     const int64_t warps = chunks.count > warps_of_bins ? chunks.count : warps_of_bins;
     const int64_t blocks = p.slots > 0 ? (p.slots + kSlotsOfBlock - 1) / kSlotsOfBlock : 1;
     launch<Start::kEarly>(sort_kernel, blocks,
                           32 * static_cast<int>(warps < kMaxWarps ? warps : kMaxWarps),
-                          sort_smem(chunks, p.experts), stream, p, chunks);
+                          sort_smem(chunks, p.ids.experts), stream, p, chunks);
     return;
   }
   const Chunks chunks = cut(p.slots, kMaxChunks);
   const int blocks = (chunks.count + kWarpsAtOnce - 1) / kWarpsAtOnce;
-  const size_t smem = sizeof(int32_t) * kWarpsAtOnce * static_cast<size_t>(p.experts + 1);
+  const size_t smem = sizeof(int32_t) * kWarpsAtOnce * static_cast<size_t>(p.ids.experts + 1);
   const bool in_smem = smem <= 48 << 10 && smem <= device_info().smem_per_block;
   launch<Start::kEarly>(count_kernel, blocks, 32 * kWarpsAtOnce, in_smem ? smem : 0, stream, p,
                         chunks, in_smem);

@@ -117,6 +117,11 @@ def build(mutations: dict[str, tuple[str, str]] | None = None) -> Path:
 # ---- run ----
 
 
+def _id_scalars(topk_ids, expert_offset):
+    ids_are_int64 = topk_ids is not None and topk_ids.dtype == torch.int64
+    return dict(ids_are_int64=ids_are_int64, expert_offset=expert_offset)
+
+
 def _storage(t: torch.Tensor) -> torch.Tensor:
     """A strided tensor's memory from its first element to its last."""
     if t.numel() == 0:
@@ -206,9 +211,8 @@ class Emulator:
         """expert_offsets, sorted_slots, slot_rows; with topk_weights also source_rows, row_weights
         and, at a tile_height, the row tiles (the first holds their count)."""
         slots = topk_ids.numel()
-        scalars = dict(slots=slots, experts=num_experts, expert_offset=expert_offset,
-                       ids_are_int64=topk_ids.dtype == torch.int64, topk=topk,
-                       tile_height=tile_height)  # fmt: skip
+        scalars = dict(slots=slots, experts=num_experts, topk=topk, tile_height=tile_height,
+                       **_id_scalars(topk_ids, expert_offset))  # fmt: skip
         sizes = dict(expert_offsets=num_experts + 1, sorted_slots=slots, slot_rows=slots)
         if topk_weights is not None:
             sizes |= dict(source_rows=slots)
@@ -224,15 +228,17 @@ class Emulator:
     def grouped_gemm(self, a, b, expert_offsets, *, rows=None, bias=None, source_rows=None,
                      activation="identity", gate_layout="gate_up",
                      alpha=None, beta=None, limit=None, row_weights=None, out_dtype=None,
-                     out_padding=0, zero_other_rows=True, columns=None, **machine):  # fmt: skip
+                     out_padding=0, zero_other_rows=True, columns=None,
+                     topk_ids=None, expert_offset=0, **machine):  # fmt: skip
         """alpha, beta, limit: tensors, one value per expert. `out_padding`: elements between rows.
-        `columns`: of the layer, for which the row tiles are planned."""
+        `columns`: of the layer, for which the row tiles are planned. `topk_ids`: of one token, in
+        the place of expert_offsets."""
         experts, n, k = b.shape
         entry = reference.ACTIVATIONS[activation]
         n //= 2 if entry.gated else 1
         rows = a.shape[0] if rows is None else rows
         inputs = dict(a=a, b=b, expert_offsets=expert_offsets, source_rows=source_rows,
-                      bias=bias, row_weights=row_weights, expert_alpha=alpha,
+                      topk_ids=topk_ids, bias=bias, row_weights=row_weights, expert_alpha=alpha,
                       expert_beta=beta, expert_limit=limit)  # fmt: skip
         scalars = dict(a_stride=a.stride(0), rows=rows, n=n, k=k, experts=experts,
                        b_expert_stride=b.stride(0),
@@ -240,6 +246,7 @@ class Emulator:
                        activation=ACTIVATIONS.index(activation),
                        gate_layout=GATE_LAYOUTS.index(gate_layout), out_stride=n + out_padding,
                        zero_other_rows=zero_other_rows, columns=columns or n,
+                       **_id_scalars(topk_ids, expert_offset),
                        **dict(alpha=0, beta=0, limit=0) | entry.defaults)  # fmt: skip
         out = torch.empty_strided((rows, n), (n + out_padding, 1), dtype=out_dtype or a.dtype)
         return self.run("grouped_gemm", scalars, inputs, dict(out=out), **machine)
@@ -253,13 +260,15 @@ class Emulator:
         return self.run("grouped_gemm_wgrad", scalars, inputs, dict(out=out), **machine)
 
     def combine(self, expert_out, weights, *, tokens, topk, slot_rows=None, sorted_slots=None,
-                expert_offsets=None, out_dtype=None, **machine):  # fmt: skip
+                expert_offsets=None, topk_ids=None, experts=0, expert_offset=0, out_dtype=None,
+                **machine):  # fmt: skip
         rows, hidden = expert_out.shape
-        experts = 0 if expert_offsets is None else expert_offsets.numel() - 1
+        experts = experts if expert_offsets is None else expert_offsets.numel() - 1
         scalars = dict(expert_out_stride=expert_out.stride(0), tokens=tokens, hidden=hidden,
-                       rows=rows, topk=topk, experts=experts)  # fmt: skip
+                       rows=rows, topk=topk, experts=experts,
+                       **_id_scalars(topk_ids, expert_offset))  # fmt: skip
         inputs = dict(expert_out=expert_out, weights=weights, slot_rows=slot_rows,
-                      sorted_slots=sorted_slots, expert_offsets=expert_offsets)  # fmt: skip
+                      topk_ids=topk_ids, sorted_slots=sorted_slots, expert_offsets=expert_offsets)  # fmt: skip
         out = torch.empty(tokens, hidden, dtype=out_dtype or expert_out.dtype)
         return self.run("combine", scalars, inputs, dict(out=out), **machine)
 

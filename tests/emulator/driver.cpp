@@ -99,13 +99,15 @@ void topk_route(Request& r) {
   cuda::topk_route(p, nullptr);
 }
 
+TopkIds topk_ids(Request& r) {
+  return {r.data("topk_ids"), r.scalar<bool>("ids_are_int64"), r.scalar("experts"),
+          r.scalar("expert_offset")};
+}
+
 void sort_by_expert(Request& r) {
   SortByExpert p{};
-  p.topk_ids = r.data("topk_ids");
-  p.ids_are_int64 = r.scalar("ids_are_int64");
+  p.ids = topk_ids(r);
   p.slots = r.scalar("slots");
-  p.experts = r.scalar("experts");
-  p.expert_offset = r.scalar("expert_offset");
   p.expert_offsets = r.data<int32_t>("expert_offsets");
   p.sorted_slots = r.data<int32_t>("sorted_slots");
   p.slot_rows = r.data<int32_t>("slot_rows");
@@ -116,7 +118,7 @@ void sort_by_expert(Request& r) {
   p.row_tiles.height = r.scalar("tile_height");
   p.row_tiles.group = 2;
   p.row_tiles.head = r.data<RowTilesHead>("row_tiles");
-  p.counts = r.scratch<int32_t>(cuda::sort_by_expert_counts(p.slots, p.experts));
+  p.counts = r.scratch<int32_t>(cuda::sort_by_expert_counts(p.slots, p.ids.experts));
   cuda::sort_by_expert(p, nullptr);
 }
 
@@ -145,13 +147,17 @@ void grouped_gemm(Request& r) {
   p.activation.expert_beta = r.data<float>("expert_beta");
   p.activation.expert_limit = r.data<float>("expert_limit");
   p.gate_layout = static_cast<GateLayout>(r.scalar("gate_layout"));
-  p.row_weights = r.data<float>("row_weights");
+  p.row_weights = r.floats("row_weights");
   p.out = r.data("out");
   p.out_stride = r.scalar("out_stride");
   p.zero_other_rows = r.scalar("zero_other_rows");
   if (p.rows > 0) p.row_tiles = cuda::plan_row_tiles(p.rows, p.experts, r.scalar("columns"));
-  p.row_tiles.head = reinterpret_cast<RowTilesHead*>(r.scratch<int32_t>(p.row_tiles.bytes() / 4));
-  if (p.rows > 0) cuda::row_tiles(p, nullptr);
+  if (r.data("topk_ids")) {
+    p.row_tiles.ids = topk_ids(r);
+  } else {
+    p.row_tiles.head = reinterpret_cast<RowTilesHead*>(r.scratch<int32_t>(p.row_tiles.bytes() / 4));
+    if (p.rows > 0) cuda::row_tiles(p, nullptr);
+  }
   cuda::grouped_gemm(p, nullptr);
 }
 
@@ -187,6 +193,7 @@ void combine(Request& r) {
   p.sorted_slots = r.data<int32_t>("sorted_slots");
   p.expert_offsets = r.data<int32_t>("expert_offsets");
   if (p.expert_offsets) p.slot_rows = r.scratch<int32_t>(p.tokens * p.topk);
+  if (r.data("topk_ids")) p.ids = topk_ids(r);
   p.experts = r.scalar("experts");
   p.out = r.data("out");
   cuda::combine(p, nullptr);
