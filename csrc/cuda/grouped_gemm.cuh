@@ -45,7 +45,7 @@ struct GemmShape {
   static constexpr int kPass = kThreads / kVectors;
   static constexpr int kPassesA = (kRows + kPass - 1) / kPass, kPassesB = kCols / kPass;
   static constexpr int kStagedBytes = kShape.staged_bytes();
-  static constexpr int kStagedPitch = kColsOfWarp + 8;  // floats
+  static constexpr int kStagedPitch = kColsOfWarp + 4;  // floats
   static constexpr int kStagedAt = kStages * kSlotBytes;
   static constexpr int kQueueAt = kStagedAt + kShape.warps() * kStagedBytes;
   static_assert(kRowsOfWarp % 16 == 0 && kColsOfWarp % 16 == 0, "fragments are 16 x 16");

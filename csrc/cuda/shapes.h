@@ -22,8 +22,8 @@ struct GemmTile {
 
   constexpr int warps() const { return warp_rows * warp_cols; }
   constexpr int slot_bytes() const { return (rows + cols) * depth * 2; }
-  // 8 rows of a warp's sums in float32, padded by 32 bytes against bank conflicts.
-  constexpr int staged_bytes() const { return 8 * (cols / warp_cols + 8) * 4; }
+  // 8 rows of a warp's sums in float32, padded by 16 bytes against bank conflicts.
+  constexpr int staged_bytes() const { return 8 * (cols / warp_cols + 4) * 4; }
   // Items whose copies have begun and whose products have not ended, and the next.
   constexpr int queue() const { return stages + 3; }
   constexpr int bytes() const {
@@ -60,6 +60,15 @@ inline int64_t resident_blocks(const GemmTile& tile, const DeviceInfo& device) {
   return fit < tile.blocks ? fit : tile.blocks;
 }
 
+// The fewest columns of a tile of that height.
+inline int narrowest(int height) {
+  int cols = kShapes[0].cols;
+  for (const GemmTile& tile : kShapes) {
+    if (tile.rows == height && tile.cols < cols) cols = tile.cols;
+  }
+  return cols;
+}
+
 // The height for a layer's products, the least of whose columns are `columns`; the sweeps over
 // them.
 inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns,
@@ -73,7 +82,7 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns,
   if (mean > 96 && mean <= 192 && fits) tiles.height = kShapes[kHighest].rows;
   // Lower ones where there would be too few for the multiprocessors.
   while (tiles.height > 16 &&
-         most(tiles.height) * ceil_div(columns, tiles.height > 32 ? 128 : 64) < device.sm_count) {
+         most(tiles.height) * ceil_div(columns, narrowest(tiles.height)) < device.sm_count) {
     tiles.height = tiles.height > 128 ? 128 : tiles.height / 2;
   }
   // No host knows the routing: every expert may end with a tile of its own.
@@ -89,10 +98,10 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
                   const DeviceInfo& device) {
   const int64_t blocks = device.sm_count * resident_blocks(tile, device);
   const int64_t items = tiles.most * column_tiles(size.n, size.gated, tile.cols);
+  if (tile.cols == narrowest(tile.rows)) return true;
   // Two rounds of the lowest tiles hide the end of each.
-  if (tile.rows == 16 && tile.cols > 64) return items >= 2 * blocks;
-  if (tile.cols == 256 || (tile.rows == 32 && tile.cols > 64)) return items >= device.sm_count;
-  return true;
+  if (tile.rows == 16) return items >= 2 * blocks;
+  return items >= device.sm_count;
 }
 
 // The place in kShapes. Every GPU from SM80 on has the 99 KB that some shape of each height needs.
