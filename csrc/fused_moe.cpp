@@ -444,7 +444,8 @@ void fused_moe_out(const Tensor& x, const Tensor& w1, const Tensor& w2, const Te
     if (out.is_contiguous()) return out;
     return empty(out, {layer.tokens, layer.hidden}, scalar_type_of(dtype));
   });
-  if (!out.is_contiguous()) torch::stable::copy_(out, written);
+  // A tensor copied to itself is left alone, but autograd is told that it was written.
+  torch::stable::copy_(out, written);
 }
 
 }  // namespace

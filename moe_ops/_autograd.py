@@ -294,20 +294,11 @@ def _fused_moe_out(keyset, *args, **kwargs):
             "fused_moe: out is given while an argument requires a gradient, expected no out (or"
             " torch.no_grad()): writing into a tensor has no gradient"
         )
-    _fused_moe_out_version(keyset, *args, **kwargs)
-
-
-def _fused_moe_out_version(keyset, *args, out, **kwargs):
-    """Lets autograd notice that a tensor it saved has been written since."""
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        keyset = keyset & torch._C._after_ADInplaceOrView_keyset
-        ops.fused_moe.out.redispatch(keyset, *args, out=out, **kwargs)
-    torch.autograd.graph.increment_version(out)
+    with torch._C._AutoDispatchBelowAutograd():
+        ops.fused_moe.out.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
 
 _library.impl("fused_moe.out", _fused_moe_out, "Autograd", with_keyset=True)
-# In inference mode there is no autograd, but a tensor from outside of it still has a version.
-_library.impl("fused_moe.out", _fused_moe_out_version, "ADInplaceOrView", with_keyset=True)
 
 
 def _autocast_rules(device: str, key: str):
