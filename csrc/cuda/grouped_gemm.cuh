@@ -170,7 +170,6 @@ template <typename T, typename Shape>
 class WarpTile {
  public:
   static constexpr int kI = Shape::kI, kJ = Shape::kJ;
-  static constexpr int kWeights = (Shape::kRowsOfWarp + 31) / 32;
 
   // The tile's row where this warp's 16 rows number `i` begin: the warps take turns, so that all
   // have as much to do where the tile has few rows.
@@ -251,23 +250,25 @@ class WarpTile {
   // Activation, routing weight, rounding: 8 rows at a time through `staged`, this warp's own, so
   // that a thread gets 8 neighbouring columns and the code of the activations stands once.
   __device__ void finish(const GroupedGemm& p, const Item& item, unsigned char* staged) const {
-    float weights[kWeights];  // of the warp's rows `lane`, `lane` + 32, ...
-#pragma unroll
-    for (int w = 0; w < kWeights; ++w) {
-      const int lane = threadIdx.x % 32, row_of_tile = row(2 * w + lane / 16) + lane % 16;
+    // The routing weight of a lane's row of 8: it has a row's time to come.
+    const auto weight_of = [&](int eight) {
+      const int row_of_tile = first_row(eight) + threadIdx.x % 8;
       const bool there = p.row_weights.data && row_of_tile < item.row_count;
-      weights[w] = there ? load_float(p.row_weights, item.row_begin + row_of_tile) : 1.0f;
-    }
+      return there ? load_float(p.row_weights, item.row_begin + row_of_tile) : 1.0f;
+    };
+    float next_weight = weight_of(0);
     float* const floats = reinterpret_cast<float*>(staged);
 #pragma unroll 1
     for (int eight = 0; eight < 2 * kI; ++eight) {
-      if (row(eight / 2) + eight % 2 * 8 >= item.row_count) break;
+      if (first_row(eight) >= item.row_count) break;
+      const float weight = next_weight;
+      next_weight = weight_of(eight + 1);
       stage(eight, floats);
       __syncwarp();
       if (is_gated(p.activation.kind)) {
-        store<true>(p, item, eight, weights, floats);
+        store<true>(p, item, eight, weight, floats);
       } else {
-        store<false>(p, item, eight, weights, floats);
+        store<false>(p, item, eight, weight, floats);
       }
       __syncwarp();
     }
@@ -319,23 +320,21 @@ class WarpTile {
     }
   }
 
-  // The staged rows: the warp's rows 8 * eight ...
+  // The tile's row where 8 of this warp's begin.
+  __device__ static int first_row(int eight) { return row(eight / 2) + eight % 2 * 8; }
+
+  // The staged rows: the warp's rows 8 * eight ... `weight` is that of row lane % 8.
   template <bool kGated>
-  __device__ static void store(const GroupedGemm& p, const Item& item, int eight,
-                               const float (&weights)[kWeights], const float* floats) {
+  __device__ static void store(const GroupedGemm& p, const Item& item, int eight, float weight,
+                               const float* floats) {
     constexpr int kVectors = kGated ? kJ / 2 : kJ;  // of a row
     const int first_column = (item.column_tile * Shape::kCols + column()) / (kGated ? 2 : 1);
 #pragma unroll 1
     for (int first = 0; first < 8 * kVectors; first += 32) {
       const int number = first + threadIdx.x % 32;
       const int row_of_eight = number / kVectors, vector = number % kVectors;
-      float weight = 1;
-#pragma unroll
-      for (int w = 0; w < kWeights; ++w) {
-        const float of_row = __shfl_sync(0xffffffffu, weights[w], eight % 4 * 8 + row_of_eight);
-        if (w == 0 || eight / 4 == w) weight = of_row;
-      }
-      const int row_of_tile = row(eight / 2) + eight % 2 * 8 + row_of_eight;
+      const float of_row = __shfl_sync(0xffffffffu, weight, row_of_eight);
+      const int row_of_tile = first_row(eight) + row_of_eight;
       const int column = first_column + vector * kVector;
       if (row_of_eight >= 8 || row_of_tile >= item.row_count || column >= p.n) continue;
       const float* const from = floats + row_of_eight * Shape::kStagedPitch;
@@ -351,10 +350,10 @@ class WarpTile {
         activate<kVector>(p.activation.kind, values);
       }
       uint4 packed;
-      pack(values[0] * weight, values[1] * weight, packed.x);
-      pack(values[2] * weight, values[3] * weight, packed.y);
-      pack(values[4] * weight, values[5] * weight, packed.z);
-      pack(values[6] * weight, values[7] * weight, packed.w);
+      pack(values[0] * of_row, values[1] * of_row, packed.x);
+      pack(values[2] * of_row, values[3] * of_row, packed.y);
+      pack(values[4] * of_row, values[5] * of_row, packed.z);
+      pack(values[6] * of_row, values[7] * of_row, packed.w);
       const int64_t to = (item.row_begin + row_of_tile) * p.out_stride + column;
       *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to) = packed;
     }

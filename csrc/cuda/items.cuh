@@ -7,7 +7,8 @@
 
 namespace simple_moe::cuda {
 
-// One output tile. The one past the last has no rows.
+// One output tile. The one past the last has no rows; that of a slot whose expert isn't held here
+// has -1, and is passed over.
 struct alignas(16) Item {
   int expert, row_begin, row_count, column_tile;
 };
@@ -21,14 +22,17 @@ class Items {
   // by the kernel before, which nothing here has read them ahead of.
   __device__ explicit Items(const GroupedGemm& p)
       : p_(p),
-        count_((p.row_tiles.head ? p.row_tiles.head->count : tiles_of_one_token()) *
+        count_((p.row_tiles.head ? p.row_tiles.head->count : static_cast<unsigned>(p.rows)) *
                column_tiles()) {}
 
   // An item's group, from memory; the item, from that.
   __device__ RowTile look(unsigned number) const {
     if (number >= count_) return {};
     const unsigned tile = number / column_tiles();
-    return p_.row_tiles.head ? p_.row_tiles.data()[tile] : tile_of_one_token(tile);
+    if (p_.row_tiles.head) return p_.row_tiles.data()[tile];
+    const auto expert = static_cast<int32_t>(local_expert(p_.row_tiles.ids, tile));
+    const int rows = expert < p_.experts ? 1 : -1;
+    return {expert, static_cast<int32_t>(tile), rows, 0, 1};
   }
   __device__ Item find(unsigned number, const RowTile& group) const {
     if (number >= count_) return {};
@@ -47,27 +51,6 @@ class Items {
   }
 
  private:
-  __device__ int tiles_of_one_token() const {
-    int tiles = 0;
-#pragma unroll 4
-    for (int slot = 0; slot < p_.rows; ++slot) {
-      tiles += local_expert(p_.row_tiles.ids, slot) < p_.experts;
-    }
-    return tiles;
-  }
-  // No branch leaves the loop: its loads are in flight at once.
-  __device__ RowTile tile_of_one_token(unsigned tile) const {
-    RowTile found{};
-    unsigned before = 0;
-#pragma unroll 4
-    for (int slot = 0; slot < p_.rows; ++slot) {
-      const int64_t expert = local_expert(p_.row_tiles.ids, slot);
-      const bool here = expert < p_.experts;
-      if (here && before == tile) found = {static_cast<int32_t>(expert), slot, 1, 0, 1};
-      before += here;
-    }
-    return found;
-  }
   __device__ unsigned column_tiles() const {
     const unsigned width = is_gated(p_.activation.kind) ? kCols / 2 : kCols;
     return (static_cast<unsigned>(p_.n) + width - 1) / width;
