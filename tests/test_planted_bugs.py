@@ -110,11 +110,17 @@ PLANTED = {
         SORT, "if (chunk % gridDim.x != blockIdx.x ||", "if (chunk / gridDim.x != blockIdx.x ||",
         properties.test_sort_by_expert),
     "last offset not written": (
-        SORT, "p.expert_offsets[b] = begin[b];", "if (b < p.experts) p.expert_offsets[b] = begin[b];",
+        SORT, "p.expert_offsets[b] = begin[b];", "if (b < p.ids.experts) p.expert_offsets[b] = begin[b];",
         properties.test_sort_by_expert),
     "slot's row not written": (
-        SORT, "if (p.slot_rows) p.slot_rows", "if (p.slot_rows && bin[i] < p.experts) p.slot_rows",
+        SORT, "if (p.slot_rows) p.slot_rows",
+        "if (p.slot_rows && bin[i] < p.ids.experts) p.slot_rows",
         properties.test_sort_by_expert),
+    "slots of others multiplied": (
+        ITEMS, "expert < p_.experts ? 1 : -1", "1", properties.test_one_token),
+    "a slot of others ends the rest": (
+        ITEMS, "expert < p_.experts ? 1 : -1", "expert < p_.experts ? 1 : 0",
+        properties.test_one_token),
     "slot rows not cleared": (
         COMBINE, "if (slot < p.tokens * p.topk) p.slot_rows[slot] = -1;", "(void)slot;",
         properties.test_combine),

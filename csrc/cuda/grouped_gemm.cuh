@@ -44,7 +44,7 @@ struct GemmShape {
   // Lines that all threads copy at once.
   static constexpr int kPass = kThreads / kVectors;
   static constexpr int kPassesA = (kRows + kPass - 1) / kPass, kPassesB = kCols / kPass;
-  static constexpr int kStagedBytes = kShape.staged_bytes();
+  static constexpr int kStagedRows = kShape.staged_rows(), kStagedBytes = kShape.staged_bytes();
   static constexpr int kStagedPitch = kColsOfWarp + 4;  // floats
   static constexpr int kStagedAt = kStages * kSlotBytes;
   static constexpr int kQueueAt = kStagedAt + kShape.warps() * kStagedBytes;
@@ -170,6 +170,8 @@ template <typename T, typename Shape>
 class WarpTile {
  public:
   static constexpr int kI = Shape::kI, kJ = Shape::kJ;
+  // Of the rows, that are finished one after another.
+  static constexpr int kPieces = Shape::kRowsOfWarp / Shape::kStagedRows;
 
   // The tile's row where this warp's 16 rows number `i` begin: the warps take turns, so that all
   // have as much to do where the tile has few rows.
@@ -247,28 +249,28 @@ class WarpTile {
     }
   }
 
-  // Activation, routing weight, rounding: 8 rows at a time through `staged`, this warp's own, so
-  // that a thread gets 8 neighbouring columns and the code of the activations stands once.
+  // Activation, routing weight, rounding: a few rows at a time through `staged`, this warp's own,
+  // so that a thread gets 8 neighbouring columns and the code of the activations stands once.
   __device__ void finish(const GroupedGemm& p, const Item& item, unsigned char* staged) const {
-    // The routing weight of a lane's row of 8: it has a row's time to come.
-    const auto weight_of = [&](int eight) {
-      const int row_of_tile = first_row(eight) + threadIdx.x % 8;
+    // The routing weight of a lane's row of the piece: it has a piece's time to come.
+    const auto weight_of = [&](int piece) {
+      const int row_of_tile = first_row(piece) + threadIdx.x % Shape::kStagedRows;
       const bool there = p.row_weights.data && row_of_tile < item.row_count;
       return there ? load_float(p.row_weights, item.row_begin + row_of_tile) : 1.0f;
     };
     float next_weight = weight_of(0);
     float* const floats = reinterpret_cast<float*>(staged);
 #pragma unroll 1
-    for (int eight = 0; eight < 2 * kI; ++eight) {
-      if (first_row(eight) >= item.row_count) break;
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (first_row(piece) >= item.row_count) break;
       const float weight = next_weight;
-      next_weight = weight_of(eight + 1);
-      stage(eight, floats);
+      next_weight = weight_of(piece + 1);
+      stage(piece, floats);
       __syncwarp();
       if (is_gated(p.activation.kind)) {
-        store<true>(p, item, eight, weight, floats);
+        store<true>(p, item, piece, weight, floats);
       } else {
-        store<false>(p, item, eight, weight, floats);
+        store<false>(p, item, piece, weight, floats);
       }
       __syncwarp();
     }
@@ -306,38 +308,47 @@ class WarpTile {
 
   // A branch for each, or the accumulators would have to be chosen one by one: no index of an array
   // in registers may be a variable.
-  template <int kEight = 0>
-  __device__ void stage(int eight, float* floats) const {
-    if constexpr (kEight < 2 * kI) {
-      if (eight != kEight) return stage<kEight + 1>(eight, floats);
+  template <int kPiece = 0>
+  __device__ void stage(int piece, float* floats) const {
+    if constexpr (kPiece < kPieces) {
+      if (piece != kPiece) return stage<kPiece + 1>(piece, floats);
       const int lane = threadIdx.x % 32;
       float* const to = floats + lane / 4 * Shape::kStagedPitch + lane % 4 * 2;
 #pragma unroll
-      for (int j = 0; j < kJ; ++j) {
-        const float* const from = acc_[kEight / 2][j] + kEight % 2 * 2;
-        *reinterpret_cast<float2*>(to + j % 2 * kOddAt + j / 2 * 8) = {from[0], from[1]};
+      for (int row = 0; row < Shape::kStagedRows; row += 8) {
+        constexpr int kFirst = kPiece * Shape::kStagedRows;
+#pragma unroll
+        for (int j = 0; j < kJ; ++j) {
+          const float* const from = acc_[kFirst / 16][j] + (kFirst + row) % 16 / 8 * 2;
+          *reinterpret_cast<float2*>(to + row * Shape::kStagedPitch + j % 2 * kOddAt +
+                                     j / 2 * 8) = {from[0], from[1]};
+        }
       }
     }
   }
 
-  // The tile's row where 8 of this warp's begin.
-  __device__ static int first_row(int eight) { return row(eight / 2) + eight % 2 * 8; }
+  // The tile's row where a piece begins.
+  __device__ static int first_row(int piece) {
+    const int first = piece * Shape::kStagedRows;
+    return row(first / 16) + first % 16;
+  }
 
-  // The staged rows: the warp's rows 8 * eight ... `weight` is that of row lane % 8.
+  // The staged rows of a piece. `weight` is that of row lane % kStagedRows.
   template <bool kGated>
-  __device__ static void store(const GroupedGemm& p, const Item& item, int eight, float weight,
+  __device__ static void store(const GroupedGemm& p, const Item& item, int piece, float weight,
                                const float* floats) {
     constexpr int kVectors = kGated ? kJ / 2 : kJ;  // of a row
     const int first_column = (item.column_tile * Shape::kCols + column()) / (kGated ? 2 : 1);
 #pragma unroll 1
-    for (int first = 0; first < 8 * kVectors; first += 32) {
+    for (int first = 0; first < Shape::kStagedRows * kVectors; first += 32) {
       const int number = first + threadIdx.x % 32;
-      const int row_of_eight = number / kVectors, vector = number % kVectors;
-      const float of_row = __shfl_sync(0xffffffffu, weight, row_of_eight);
-      const int row_of_tile = first_row(eight) + row_of_eight;
+      const int row_of_piece = number / kVectors, vector = number % kVectors;
+      const float of_row = __shfl_sync(0xffffffffu, weight, row_of_piece);
+      const int row_of_tile = first_row(piece) + row_of_piece;
       const int column = first_column + vector * kVector;
-      if (row_of_eight >= 8 || row_of_tile >= item.row_count || column >= p.n) continue;
-      const float* const from = floats + row_of_eight * Shape::kStagedPitch;
+      if (row_of_piece >= Shape::kStagedRows || row_of_tile >= item.row_count || column >= p.n)
+        continue;
+      const float* const from = floats + row_of_piece * Shape::kStagedPitch;
       float values[kVector];
       if constexpr (kGated) {
         float ups[kVector];

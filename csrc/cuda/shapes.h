@@ -22,8 +22,10 @@ struct GemmTile {
 
   constexpr int warps() const { return warp_rows * warp_cols; }
   constexpr int slot_bytes() const { return (rows + cols) * depth * 2; }
-  // 8 rows of a warp's sums in float32, padded by 16 bytes against bank conflicts.
-  constexpr int staged_bytes() const { return 8 * (cols / warp_cols + 4) * 4; }
+  // Rows of a warp's sums in float32, enough for all lanes, padded by 16 bytes against bank
+  // conflicts.
+  constexpr int staged_rows() const { return cols / warp_cols > 32 ? 8 : 16; }
+  constexpr int staged_bytes() const { return staged_rows() * (cols / warp_cols + 4) * 4; }
   // Items whose copies have begun and whose products have not ended, and the next.
   constexpr int queue() const { return stages + 3; }
   constexpr int bytes() const {
