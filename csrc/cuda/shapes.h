@@ -35,9 +35,10 @@ struct GemmTile {
 
 // Of one height the best first, where it fits and there is enough to do.
 inline constexpr GemmTile kShapes[] = {
-    {192, 192, 64, 4, 2, 4, 1}, {128, 256, 64, 4, 2, 4, 1}, {128, 256, 64, 3, 2, 4, 1},
-    {128, 128, 32, 4, 2, 2, 2}, {64, 128, 64, 3, 2, 2, 2},  {32, 128, 64, 4, 1, 4, 2},
-    {32, 64, 64, 5, 1, 4, 3},   {16, 128, 64, 5, 1, 4, 2},  {16, 64, 64, 6, 1, 4, 3},
+    {192, 192, 64, 4, 2, 4, 1}, {192, 128, 64, 5, 2, 4, 1}, {128, 256, 64, 4, 2, 4, 1},
+    {128, 256, 64, 3, 2, 4, 1}, {128, 128, 32, 4, 2, 2, 2}, {64, 128, 64, 3, 2, 2, 2},
+    {32, 128, 64, 4, 1, 4, 2},  {32, 64, 64, 5, 1, 4, 3},   {16, 128, 64, 5, 1, 4, 2},
+    {16, 64, 64, 6, 1, 4, 3},
 };
 inline constexpr int kShapeCount = sizeof(kShapes) / sizeof(GemmTile);
 inline constexpr int kHighest = 0;
@@ -62,6 +63,14 @@ inline int64_t resident_blocks(const GemmTile& tile, const DeviceInfo& device) {
   return fit < tile.blocks ? fit : tile.blocks;
 }
 
+// Experts that have rows if any can, and how many each has on average.
+inline int64_t active_experts(int64_t rows, int64_t experts) {
+  return rows < experts ? rows : experts;
+}
+inline int64_t mean_rows(int64_t rows, int64_t experts) {
+  return ceil_div(rows, active_experts(rows, experts));
+}
+
 // The fewest columns of a tile of that height.
 inline int narrowest(int height) {
   int cols = kShapes[0].cols;
@@ -75,7 +84,7 @@ inline int narrowest(int height) {
 // them.
 inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns,
                                const DeviceInfo& device) {
-  const int64_t active = rows < experts ? rows : experts, mean = ceil_div(rows, active);
+  const int64_t active = active_experts(rows, experts), mean = mean_rows(rows, experts);
   RowTiles tiles;
   const auto most = [&](int height) { return rows / height + active; };
   // So much higher than the mean that most experts need one tile, as long as padding is cheap.
@@ -100,7 +109,17 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
                   const DeviceInfo& device) {
   const int64_t blocks = device.sm_count * resident_blocks(tile, device);
   const int64_t items = tiles.most * column_tiles(size.n, size.gated, tile.cols);
-  if (tile.cols == narrowest(tile.rows)) return true;
+  const int least = narrowest(tile.rows);
+  if (tile.cols == least) return true;
+  // The highest tiles go over the GPU in few rounds, and the last may leave most of it idle: what
+  // counts is the rounds times what one takes, for which its rows count as 64 columns.
+  const auto time = [&](int cols) {
+    const int64_t tiles_of_expert = ceil_div(mean_rows(size.rows, size.experts), tile.rows);
+    const int64_t expected = active_experts(size.rows, size.experts) * tiles_of_expert *
+                             column_tiles(size.n, size.gated, cols);
+    return ceil_div(expected, device.sm_count) * (cols + 64);
+  };
+  if (tile.rows > 128) return time(tile.cols) <= time(least);
   // Two rounds of the lowest tiles hide the end of each.
   if (tile.rows == 16) return items >= 2 * blocks;
   return items >= device.sm_count;
