@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, assert_accurate, reproducible, tolerance_of
+from helpers import DTYPES, assert_accurate, assert_same_bits, reproducible, tolerance_of
 from hypothesis import given
 from strategies import FLOATS, LAYOUTS, ROUTINGS, MoeCase, moe_cases
 
@@ -144,6 +144,17 @@ def test_out_of_any_layout(device):
         arguments = MoeCase(tokens=tokens).arguments(device)
         out = torch.empty(hidden, device=device).expand(tokens, hidden)
         assert torch.equal(moe_ops.fused_moe(**arguments, out=out), moe_ops.fused_moe(**arguments))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_out_may_lie_where_the_ids_do(tokens, device):
+    arguments = MoeCase(tokens=tokens, hidden=4096, dtype=torch.bfloat16).arguments(device)
+    expected = moe_ops.fused_moe(**arguments)
+    memory = torch.empty(tokens, 4096, dtype=torch.bfloat16, device=device)
+    ids = arguments["topk_ids"]
+    shared = memory.view(torch.int32).flatten()[: ids.numel()].view(ids.shape)
+    arguments["topk_ids"] = shared.copy_(ids)
+    assert_same_bits(moe_ops.fused_moe(**arguments, out=memory), expected)
 
 
 def test_the_operator_itself(device):
