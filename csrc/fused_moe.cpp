@@ -245,8 +245,7 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
       .row_tiles = workspace.row_tiles(),
   };
   // One token's slots are its rows where the kernels can tell. They read the ids to the end then.
-  const bool sorted =
-      tokens > 1 || !backend.needs_no_sort_of_one_token || overlap(out, a.topk_ids);
+  const bool sorted = tokens > 1 || !backend.needs_no_sort_of_one_token || overlap(out, a.topk_ids);
   RowTiles row_tiles = sort.row_tiles;
   if (sorted) {
     place.sort_by_expert(sort);
