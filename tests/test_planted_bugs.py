@@ -10,6 +10,7 @@ TOYS, ROUTE, SORT, COMBINE = (
 )  # fmt: skip
 MMA = "csrc/cuda/mma_tile.cuh"
 GEMM, ANY = "csrc/cuda/grouped_gemm.cuh", "csrc/cuda/grouped_gemm_any.cuh"
+SHAPE, COPIER, WARP = (f"csrc/cuda/{x}.cuh" for x in ("gemm_shape", "copier", "warp_tile"))
 SCAN, TILES = "csrc/cuda/block_scan.cuh", "csrc/cuda/row_tiles.cuh"
 ITEMS = "csrc/cuda/items.cuh"
 
@@ -55,7 +56,7 @@ PLANTED = {
     "next item read too early": (
         GEMM, "if (!weights_first) __syncthreads();", "", whole_vectors),
     "rows of an uneven tile forgotten": (
-        GEMM, "(rows + row(1) - row(0) - 1) / (row(1) - row(0))", "rows / (row(1) - row(0))",
+        WARP, "(rows + row(1) - row(0) - 1) / (row(1) - row(0))", "rows / (row(1) - row(0))",
         whole_vectors),
     "product before its copies": (
         MMA, "cp_async_wait<Shape::kStages - 2>", "cp_async_wait<Shape::kStages>",
@@ -73,24 +74,24 @@ PLANTED = {
     "high items not taken in pieces": (
         ANY, "done += Shape::kRows", "done += p.row_tiles.height", properties.test_grouped_gemm),
     "gates and ups swapped": (
-        GEMM, "branch_row(p, column, line % 16 >= 8)", "branch_row(p, column, line % 16 < 8)",
+        SHAPE, "branch_row(p, column, line % 16 >= 8)", "branch_row(p, column, line % 16 < 8)",
         properties.test_grouped_gemm_activation),
     "k past the end copied": (
-        GEMM, "const bool valid = k_ + ahead * Shape::kDepth < static_cast<int>(p_.k);",
+        COPIER, "const bool valid = k_ + ahead * Shape::kDepth < static_cast<int>(p_.k);",
         "const bool valid = true; (void)ahead;", whole_vectors),
     "rows past the last copied": (
-        GEMM, "a_passes_ = rows > 0 ? (rows + Shape::kPass - 1) / Shape::kPass : 0;",
+        COPIER, "a_passes_ = rows > 0 ? (rows + Shape::kPass - 1) / Shape::kPass : 0;",
         "a_passes_ = Shape::kPassesA;", whole_vectors),
     "columns past the last copied": (
-        GEMM, "(left - 1) / kPass) + 1", "(left - 1) / kPass) + 2", whole_vectors),
+        COPIER, "(left - 1) / kPass) + 1", "(left - 1) / kPass) + 2", whole_vectors),
     "last rows not written": (
-        GEMM, "|| row_of_tile >= item.row_count ||", "|| row_of_tile + 1 >= item.row_count ||",
+        WARP, "|| row_of_tile >= item.row_count ||", "|| row_of_tile + 1 >= item.row_count ||",
         whole_vectors),
     "rows of others written": (
-        GEMM, "|| row_of_tile >= item.row_count ||", "|| row_of_tile > item.row_count ||",
+        WARP, "|| row_of_tile >= item.row_count ||", "|| row_of_tile > item.row_count ||",
         whole_vectors),
     "staged rows overwritten": (
-        GEMM, "floats);\n      }\n      __syncwarp();\n", "floats);\n      }\n", whole_vectors),
+        WARP, "floats);\n      }\n      __syncwarp();\n", "floats);\n      }\n", whole_vectors),
     "logit one too far": (
         ROUTE, "e < p.experts; e += 32) {\n    keys[e]", "e <= p.experts; e += 32) {\n    keys[e]",
         properties.test_topk_route),

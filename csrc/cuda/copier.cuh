@@ -1,0 +1,96 @@
+// How the operands come into the ring of grouped_gemm's kernel.
+#pragma once
+
+#include "gemm_shape.cuh"
+#include "ptx.cuh"
+
+namespace simple_moe::cuda {
+
+// Copies the operands of a block's items into the ring, step by step: a thread takes one vector of
+// every kPass-th line.
+template <typename Shape>
+class Copier {
+ public:
+  static constexpr int kPasses = Shape::kPassesA + Shape::kPassesB;
+
+  __device__ Copier(const GroupedGemm& p, Queue<Shape>& queue)
+      : p_(p), queue_(queue), a_stride_(static_cast<uint32_t>(p.a_stride) * 2) {
+    begin_item();
+  }
+
+  // Passes kFirst ... kLast - 1 of the next step (or of the item's step `ahead` from there): first
+  // those of a, then those of b. Past the last item nothing is copied.
+  template <int kFirst, int kLast>
+  __device__ void copy(uint32_t slot, int ahead = 0) const {
+    const int more = ahead * Shape::kLineBytes;
+    const bool valid = k_ + ahead * Shape::kDepth < static_cast<int>(p_.k);
+    const uint32_t to = slot + Shape::place(line(), vector());
+#pragma unroll
+    for (int pass = kFirst; pass < kLast; ++pass) {
+      constexpr int kPassBytes = Shape::kPass * Shape::kLineBytes;
+      if (pass < Shape::kPassesA) {
+        const char* const from = ptx::advance(a_, a_rows_[pass], a_stride_);
+        if (pass < a_passes_) ptx::cp_async_16(to + pass * kPassBytes, from + more, valid);
+      } else if (const int b_pass = pass - Shape::kPassesA; b_pass < b_passes_) {
+        const char* const from = ptx::advance(b_, b_pass, b_pass_stride_);
+        ptx::cp_async_16(to + Shape::kABytes + b_pass * kPassBytes, from + more, valid);
+      }
+    }
+  }
+
+  // All of it is copied: goes on to the next.
+  __device__ void end_step() {
+    ptx::cp_async_commit();  // Empty groups keep the count.
+    a_ += Shape::kLineBytes;
+    b_ += Shape::kLineBytes;
+    k_ += Shape::kDepth;
+    if (k_ - vector() * kVector >= static_cast<int>(p_.k)) begin_item();
+  }
+
+ private:
+  __device__ static int vector() { return threadIdx.x % Shape::kVectors; }
+  __device__ static int line() { return threadIdx.x / Shape::kVectors; }
+
+  // Past the last item comes one of no rows.
+  __device__ void begin_item() {
+    const Item item = queue_[begun_];
+    queue_.begin(begun_);
+    ++begun_;
+    k_ = vector() * kVector;
+    a_ = static_cast<const char*>(p_.a) + k_ * 2;
+    // Rows and columns only grow from pass to pass.
+    const int rows = item.row_count - line();
+    a_passes_ = rows > 0 ? (rows + Shape::kPass - 1) / Shape::kPass : 0;
+#pragma unroll
+    for (int pass = 0; pass < Shape::kPassesA; ++pass) {
+      const int row = item.row_begin + line() + pass * Shape::kPass;
+      a_rows_[pass] = row;
+      if (p_.source_rows && pass < a_passes_) a_rows_[pass] = p_.source_rows[row];
+    }
+    b_ = static_cast<const char*>(p_.b) +
+         (item.expert * p_.b_expert_stride +
+          row_of_line<Shape>(p_, item, line()) * p_.b_row_stride + k_) *
+             2;
+    const bool gated = is_gated(p_.activation.kind);
+    const bool alternate = gated && p_.gate_layout == GateLayout::kInterleaved;
+    constexpr int kPass = Shape::kPass;
+    const int columns_of_pass = gated ? kPass / 2 : kPass;
+    b_pass_stride_ = columns_of_pass * (alternate ? 4 : 2) * static_cast<uint32_t>(p_.b_row_stride);
+    const int left = static_cast<int>(p_.n) - column_of_line<Shape>(p_, item, line());
+    b_passes_ = item.row_count > 0 && left > 0
+                    ? (gated ? (left - 1) / (kPass / 2) : (left - 1) / kPass) + 1
+                    : 0;
+  }
+
+  const GroupedGemm& p_;
+  Queue<Shape>& queue_;
+  unsigned begun_ = 0;
+  int k_;                              // of this thread's vector in the next step
+  const char* a_;                      // there, in a's row 0
+  const char* b_;                      // there, in the first pass's line
+  uint32_t a_rows_[Shape::kPassesA];   // read from memory, not needed before the next step
+  uint32_t a_stride_, b_pass_stride_;  // bytes
+  int a_passes_, b_passes_;            // that have lines
+};
+
+}  // namespace simple_moe::cuda
