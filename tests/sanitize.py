@@ -25,16 +25,17 @@ def main(names: list[str]) -> None:
             (130, "padded", "skewed", 130),
             (700, "contiguous", "idle", 72),
             (300, "transposed", "uniform", 72),
-            # Row tiles of 16, 32, 64, 128 and 192 in the kernel for whole vectors.
+            # Row tiles of 16, 32, 64, 128 and 192 (of 132 multiprocessors: 128 and 192 columns) in
+            # the kernel for whole vectors.
             (60, "contiguous", "skewed", 264),
             (160, "contiguous", "skewed", 264),
             (400, "contiguous", "masked", 264),
             (2000, "contiguous", "skewed", 72),
-            (600, "contiguous", "skewed", 2048),
+            (600, "contiguous", "skewed", 3072),
         ):
             case = MoeCase(
                 tokens=tokens, layout=layout, routing=routing, hidden=hidden, dtype=dtype,
-                intermediate=2048 if hidden == 2048 else 72, bias="float32", ids_dtype=torch.int64,
+                intermediate=2048 if hidden == 3072 else 72, bias="float32", ids_dtype=torch.int64,
             )  # fmt: skip
             arguments = case.arguments("cuda")
             expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)

@@ -16,6 +16,7 @@ from strategies import CombineCase, GemmCase, MoeCase, RouteCase
 
 import moe_ops
 from moe_ops import _library, reference
+from moe_ops._library import build_info
 
 LAYER = MoeCase(tokens=65, topk=3, experts=8, hidden=264, intermediate=130, bias="float32")
 
@@ -184,26 +185,41 @@ def test_batch_invariant(cuda):
         assert_same_bits(moe_ops.fused_moe(**part, batch_invariant=True), whole[:count])
 
 
-def planned_rows(case, device):
-    """The height of the row tiles that shapes.h plans for a layer on this GPU."""
+def planned(case, sms: int, smem_kb: int = 227) -> dict:
+    """What shapes.h plans for a layer's second product."""
     plan = ctypes.CDLL(str(_library.PATH)).simple_moe_plan
     plan.restype = ctypes.c_char_p
     plan.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] * 3
-    properties = torch.cuda.get_device_properties(device)
-    tiles = plan(case.tokens * case.topk, case.experts, case.hidden, case.intermediate, 1,
-                 properties.multi_processor_count,
-                 properties.shared_memory_per_block_optin >> 10)  # fmt: skip
-    return json.loads(tiles)[0]["rows"]
+    slots = case.tokens * case.topk
+    tiles = plan(slots, case.experts, case.hidden, case.intermediate, 1, sms, smem_kb)
+    return json.loads(tiles)[1]
+
+
+def case_of_the_highest_tiles(cols: int, sms: int) -> MoeCase:
+    """One round over the GPU either way, which the narrower tile ends sooner; or only with the
+    wider one."""
+    hidden = 128 * (sms // 14 + 1) if cols == 128 else 192 * (sms // 8)
+    case = MoeCase(tokens=600, topk=2, experts=8, hidden=hidden, intermediate=2048, bias="float32",
+                   dtype=torch.bfloat16)  # fmt: skip
+    assert (planned(case, sms)["rows"], planned(case, sms)["cols"]) == (192, cols)
+    return case
+
+
+@pytest.mark.skipif(not build_info()["cuda_targets"], reason="needs a build with CUDA")
+@pytest.mark.parametrize("sms", [114, 132])
+@pytest.mark.parametrize("cols", [128, 192])
+def test_the_highest_tiles_are_planned(cols, sms):
+    case_of_the_highest_tiles(cols, sms)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "misaligned", "transposed"])
-def test_the_highest_tiles(layout, cuda):
+@pytest.mark.parametrize("cols", [128, 192])
+def test_the_highest_tiles(cols, layout, cuda):
     """Tiles of 192 rows, most of them not full, in both kernels; and their bits are the same."""
-    case = MoeCase(tokens=600, hidden=2048, intermediate=2048, bias="float32",
-                   dtype=torch.bfloat16, layout=layout)  # fmt: skip
-    if torch.cuda.get_device_properties(cuda).shared_memory_per_block_optin < 220 << 10:
-        pytest.skip("needs a GPU whose blocks may have 220 KB of shared memory")
-    assert planned_rows(case, cuda) == 192
+    properties = torch.cuda.get_device_properties(cuda)
+    if properties.shared_memory_per_block_optin < 227 << 10:
+        pytest.skip("needs a GPU whose blocks may have 227 KB of shared memory")
+    case = case_of_the_highest_tiles(cols, properties.multi_processor_count).but(layout=layout)
     arguments = case.arguments(cuda)
     out = moe_ops.fused_moe(**arguments)
     expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)
