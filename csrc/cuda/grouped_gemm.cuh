@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     if (live > 0) {
       WarpTile<T, Shape> product;
       product.begin(p, item, staged);
-      if (live < Shape::kI) {
+      // A loop of its own pays where there is much to leave out.
+      if (Shape::kI > 2 && live < Shape::kI) {
         multiply_item<false>(steps, live, product, copier, cursor);
       } else {
         multiply_item<true>(steps, live, product, copier, cursor);
