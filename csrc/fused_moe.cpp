@@ -5,6 +5,8 @@
 //   h1 --grouped_gemm: (h1 @ w2[e].T + b2[e]) * topk_weights--> h2 [T*K, H]
 //   h2 --combine: the sum over each token's slot_rows--> out [T, H]
 //
+// One token is not sorted where the backend can do without: its slots are the rows.
+//
 // A long input goes in chunks of tokens, so that the workspace stays bounded. `out` may overlap any
 // input: all have been read by the time it is written.
 #include <torch/csrc/stable/library.h>
