@@ -3,7 +3,8 @@
 //
 // Schedule: a block takes one token and 8 columns a thread. Each thread walks the token's K slots
 // and reads 16 bytes of every row that is there, kAtOnce in flight. Before it, where
-// sort_by_expert's slot_rows isn't at hand, two small kernels make it; one unsorted token needs none.
+// sort_by_expert's slot_rows isn't at hand, two small kernels make it; one unsorted token needs
+// none.
 #include "device.h"
 #include "floats.cuh"
 #include "launch.cuh"
