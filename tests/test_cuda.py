@@ -16,7 +16,6 @@ from strategies import CombineCase, GemmCase, MoeCase, RouteCase
 
 import moe_ops
 from moe_ops import _library, reference
-from moe_ops._library import build_info
 
 LAYER = MoeCase(tokens=65, topk=3, experts=8, hidden=264, intermediate=130, bias="float32")
 
@@ -185,14 +184,14 @@ def test_batch_invariant(cuda):
         assert_same_bits(moe_ops.fused_moe(**part, batch_invariant=True), whole[:count])
 
 
-def planned(case, sms: int, smem_kb: int = 227) -> dict:
-    """What shapes.h plans for a layer's second product."""
+def planned(case, sms: int) -> tuple[int, int]:
+    """The rows and columns of the tile that shapes.h plans for a layer's second product."""
     plan = ctypes.CDLL(str(_library.PATH)).simple_moe_plan
     plan.restype = ctypes.c_char_p
     plan.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] * 3
     slots = case.tokens * case.topk
-    tiles = plan(slots, case.experts, case.hidden, case.intermediate, 1, sms, smem_kb)
-    return json.loads(tiles)[1]
+    tiles = plan(slots, case.experts, case.hidden, case.intermediate, 1, sms, 227)
+    return json.loads(tiles)[1]["rows"], json.loads(tiles)[1]["cols"]
 
 
 def case_of_the_highest_tiles(cols: int, sms: int) -> MoeCase:
@@ -201,11 +200,11 @@ def case_of_the_highest_tiles(cols: int, sms: int) -> MoeCase:
     hidden = 128 * (sms // 14 + 1) if cols == 128 else 192 * (sms // 8)
     case = MoeCase(tokens=600, topk=2, experts=8, hidden=hidden, intermediate=2048, bias="float32",
                    dtype=torch.bfloat16)  # fmt: skip
-    assert (planned(case, sms)["rows"], planned(case, sms)["cols"]) == (192, cols)
+    assert planned(case, sms) == (192, cols)
     return case
 
 
-@pytest.mark.skipif(not build_info()["cuda_targets"], reason="needs a build with CUDA")
+@pytest.mark.skipif(not _library.build_info()["cuda_targets"], reason="needs a build with CUDA")
 @pytest.mark.parametrize("sms", [114, 132])
 @pytest.mark.parametrize("cols", [128, 192])
 def test_the_highest_tiles_are_planned(cols, sms):

@@ -268,7 +268,8 @@ class Emulator:
                        rows=rows, topk=topk, experts=experts,
                        **_id_scalars(topk_ids, expert_offset))  # fmt: skip
         inputs = dict(expert_out=expert_out, weights=weights, slot_rows=slot_rows,
-                      topk_ids=topk_ids, sorted_slots=sorted_slots, expert_offsets=expert_offsets)  # fmt: skip
+                      topk_ids=topk_ids, sorted_slots=sorted_slots,
+                      expert_offsets=expert_offsets)  # fmt: skip
         out = torch.empty(tokens, hidden, dtype=out_dtype or expert_out.dtype)
         return self.run("combine", scalars, inputs, dict(out=out), **machine)
 
