@@ -1,10 +1,11 @@
 // combine: every token's expert rows, weighted and summed in float32, k ascending, no atomics on
 // floats.
 //
-// Schedule: a block takes one token and 8 columns a thread. Each thread walks the token's K slots
-// and reads 16 bytes of every row that is there, kAtOnce in flight. Before it, where
-// sort_by_expert's slot_rows isn't at hand, two small kernels make it; one unsorted token needs
-// none.
+// Schedule: a block takes one token and 8 columns a thread. Of 32 of the token's K slots each lane
+// looks one up, its row and weight; then each thread reads 16 bytes of every row that is there,
+// kAtOnce in flight. The code is kept short: with few tokens it is run through once, and its length
+// is time. Before it, where sort_by_expert's slot_rows isn't at hand, two small kernels make it;
+// one unsorted token needs none.
 #include "device.h"
 #include "floats.cuh"
 #include "launch.cuh"
@@ -35,9 +36,46 @@ __global__ void __launch_bounds__(kThreads) fill_slot_rows_kernel(const Combine 
 }
 
 // -1: it isn't there.
-__device__ __forceinline__ int64_t row_of_slot(const Combine& p, int64_t slot) {
+__device__ __forceinline__ int row_of_slot(const Combine& p, int64_t slot) {
   if (p.slot_rows) return p.slot_rows[slot];
-  return local_expert(p.ids, slot) < p.ids.experts ? slot : -1;
+  return local_expert(p.ids, slot) < p.ids.experts ? static_cast<int>(slot) : -1;
+}
+
+// Adds a warp's slots to the sums of a thread's columns, `rows` on: lane i has slot i's row and
+// weight. Unless kWhole is true a vector has `count` values, or isn't aligned.
+template <bool kWhole, typename T>
+__device__ __forceinline__ void add_slots(const T* rows, int64_t stride, int count, int slots,
+                                          int row_of_lane, float weight_of_lane,
+                                          float (&sums)[kVector]) {
+  struct alignas(16) Vector {
+    T values[kVector];
+  };
+#pragma unroll 1
+  for (int first = 0; first < slots; first += kAtOnce) {
+    int row[kAtOnce];
+    Vector vectors[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      row[i] = __shfl_sync(0xffffffffu, row_of_lane, first + i);
+      vectors[i] = {};
+      const T* const from = rows + row[i] * stride;
+      if constexpr (kWhole) {
+        if (row[i] >= 0) vectors[i] = *reinterpret_cast<const Vector*>(from);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          if (row[i] >= 0 && j < count) vectors[i].values[j] = from[j];
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float weight = __shfl_sync(0xffffffffu, weight_of_lane, first + i);
+      if (row[i] < 0) continue;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) sums[j] += weight * ptx::to_float(vectors[i].values[j]);
+    }
+  }
 }
 
 template <typename T>
@@ -50,36 +88,24 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t left = p.hidden - column;
   const int count = left < kVector ? static_cast<int>(left) : kVector;
   const T* const rows = static_cast<const T*>(p.expert_out) + column;
+  const int64_t stride = p.expert_out_stride;
   float sums[kVector] = {};
-  for (int first = 0; first < p.topk; first += kAtOnce) {
-    int64_t row[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      row[i] = first + i < p.topk && count > 0 ? row_of_slot(p, token * p.topk + first + i) : -1;
-    }
-    if (first == 0 && p.only_rows_are_new) ptx::wait_for_earlier_kernels();
-    float values[kAtOnce][kVector] = {};
-    if (aligned_in && count == kVector) {
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (row[i] >= 0) load_vector(rows + row[i] * p.expert_out_stride, kVector, true, values[i]);
-      }
+  for (int window = 0; window < p.topk; window += 32) {
+    const int k = window + static_cast<int>(threadIdx.x) % 32;
+    const int64_t slot = token * p.topk + k;
+    const int row = k < p.topk ? row_of_slot(p, slot) : -1;
+    // Not held here: its weight may be anything, NaN too.
+    const float weight = row >= 0 && p.weights.data ? load_float(p.weights, slot) : 1.0f;
+    if (window == 0 && p.only_rows_are_new) ptx::wait_for_earlier_kernels();
+    if (window == 0) ptx::let_next_kernel_start();
+    const int slots = p.topk - window < 32 ? p.topk - window : 32;
+    // Of all lanes, for they shuffle.
+    if (__all_sync(0xffffffffu, aligned_in && count == kVector)) {
+      add_slots<true>(rows, stride, count, slots, row, weight, sums);
     } else {
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (row[i] >= 0) load_vector(rows + row[i] * p.expert_out_stride, count, false, values[i]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (row[i] < 0) continue;  // Not held here: its weight may be anything, NaN too.
-      const float weight =
-          p.weights.data ? load_float(p.weights, token * p.topk + first + i) : 1.0f;
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) sums[j] += weight * values[i][j];
+      add_slots<false>(rows, stride, count, slots, row, weight, sums);
     }
   }
-  ptx::let_next_kernel_start();
   if (count > 0) {
     store_vector(p.out, p.out_dtype, token * p.hidden + column, count, aligned_out, sums);
   }
