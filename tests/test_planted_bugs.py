@@ -54,7 +54,7 @@ PLANTED = {
     "items skipped between given and claimed ones": (
         ITEMS, "3 * gridDim.x + atomicAdd", "4 * gridDim.x + atomicAdd", whole_vectors),
     "next item read too early": (
-        GEMM, "if (!weights_first) __syncthreads();", "", whole_vectors),
+        GEMM, "if (steps < Shape::kStages) __syncthreads();", "", whole_vectors),
     "rows of an uneven tile forgotten": (
         WARP, "(rows + row(1) - row(0) - 1) / (row(1) - row(0))", "rows / (row(1) - row(0))",
         whole_vectors),

@@ -100,11 +100,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   Queue<Shape> queue(p, reinterpret_cast<Item*>(smem + Shape::kQueueAt));
   __syncthreads();
   Copier<Shape> copier(p, queue);
-  // The weights first: they wait neither for the kernel that writes `a` nor for the rows to be
-  // found. Unless the prologue copies more than the first item.
-  const bool weights_first = steps >= Shape::kStages;
+  // Weights that are copied first: as many as there is time for until `a` has been written, or its
+  // rows are found; more would only stand before them in memory's queue. None where the prologue
+  // copies more than the first item.
+  const int steps_first = steps < Shape::kStages ? 0
+                          : p.only_a_is_new      ? Shape::kStages - 1
+                          : p.source_rows        ? 2
+                                                 : 0;
 #pragma unroll 1
-  for (int step = 0; weights_first && step < Shape::kStages - 1; ++step) {
+  for (int step = 0; step < steps_first; ++step) {
     copier.template copy<Shape::kPassesA, copier.kPasses>(ring + step * Shape::kSlotBytes, step);
   }
   if (p.only_a_is_new) ptx::wait_for_earlier_kernels();
@@ -112,9 +116,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 #pragma unroll 1
   for (int step = 0; step < Shape::kStages - 1; ++step) {
     const uint32_t slot = ring + step * Shape::kSlotBytes;
-    if (!weights_first) copier.template copy<Shape::kPassesA, copier.kPasses>(slot);
     copier.template copy<0, Shape::kPassesA>(slot);
-    if (!weights_first) __syncthreads();  // for the queue
+    if (step >= steps_first) copier.template copy<Shape::kPassesA, copier.kPasses>(slot);
+    if (steps < Shape::kStages) __syncthreads();  // for the queue
     copier.end_step();
   }
   ptx::cp_async_wait<Shape::kStages - 2>();
