@@ -38,7 +38,7 @@ inline constexpr GemmTile kShapes[] = {
     {192, 192, 64, 4, 2, 4, 1}, {192, 128, 64, 5, 2, 4, 1}, {128, 256, 64, 4, 2, 4, 1},
     {128, 256, 64, 3, 2, 4, 1}, {128, 128, 32, 4, 2, 2, 2}, {64, 128, 64, 3, 2, 2, 2},
     {32, 128, 64, 4, 1, 4, 2},  {32, 64, 64, 5, 1, 4, 3},   {16, 128, 64, 5, 1, 4, 2},
-    {16, 64, 64, 6, 1, 4, 3},
+    {16, 64, 64, 10, 1, 4, 2},  {16, 64, 64, 6, 1, 4, 3},
 };
 inline constexpr int kShapeCount = sizeof(kShapes) / sizeof(GemmTile);
 inline constexpr int kHighest = 0;
@@ -110,6 +110,9 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
   const int64_t blocks = device.sm_count * resident_blocks(tile, device);
   const int64_t items = tiles.most * column_tiles(size.n, size.gated, tile.cols);
   const int least = narrowest(tile.rows);
+  // Of the lowest tiles two rounds hide the end of each. The narrow ones may also take a single
+  // one: the deeper ring then has more bytes in flight than more blocks.
+  if (tile.rows == 16) return items >= 2 * blocks || (tile.cols == least && items <= blocks);
   if (tile.cols == least) return true;
   // The highest tiles go over the GPU in few rounds, and the last may leave most of it idle: what
   // counts is the rounds times what one takes, for which its rows count as 64 columns.
@@ -120,8 +123,6 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
     return ceil_div(expected, device.sm_count) * (cols + 64);
   };
   if (tile.rows > 128) return time(tile.cols) <= time(least);
-  // Two rounds of the lowest tiles hide the end of each.
-  if (tile.rows == 16) return items >= 2 * blocks;
   return items >= device.sm_count;
 }
 
