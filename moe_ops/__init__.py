@@ -13,12 +13,15 @@ from ._functional import (
     sort_by_expert,
     topk_route,
 )
+from .flashinfer import ActivationType, cutlass_fused_moe
 from .modules import FusedMoE
 
 __version__ = _library.build_info()["version"]
 __all__ = [
+    "ActivationType",
     "FusedMoE",
     "combine",
+    "cutlass_fused_moe",
     "fused_moe",
     "grouped_gemm",
     "grouped_gemm_wgrad",
