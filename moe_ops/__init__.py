@@ -1,5 +1,7 @@
 """A fused Mixture-of-Experts layer for PyTorch."""
 
+import importlib
+
 from . import _library, reference
 
 _library.load()
@@ -29,3 +31,10 @@ __all__ = [
     "sort_by_expert",
     "topk_route",
 ]
+
+
+def __getattr__(name: str):
+    """moe_ops.transformers, when it is asked for: it needs transformers."""
+    if name == "transformers":
+        return importlib.import_module(".transformers", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
