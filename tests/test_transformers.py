@@ -4,6 +4,10 @@ eager experts."""
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,3 +281,23 @@ def test_explain_without_it():
     assert set(moe_ops.transformers.explain(model).values()) == {
         "eager: the model's experts_implementation"
     }
+
+
+def test_two_ranks(tmp_path):
+    """Shards of I, and shards of E whose ids elsewhere are sentinels: the logits are one rank's."""
+    for name in ("mixtral", "qwen3-moe"):
+        model, tokens = make_model(name), tokens_of(2, 9, "cpu")
+        model.set_experts_implementation("eager")
+        with torch.no_grad():
+            logits = model(tokens).logits
+        model.save_pretrained(tmp_path / name)
+        torch.save(tokens, tmp_path / name / "tokens.pt")
+        torch.save(logits, tmp_path / name / "logits.pt")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(Path(__file__).with_name("two_ranks.py")), str(tmp_path)]
+    ran = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("parallel: ") == 4, ran.stdout
