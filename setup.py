@@ -185,9 +185,29 @@ class BuildLibrary(build_ext):
         os.replace(unfinished, output)
 
 
+# The newest symbols that manylinux_2_34 (PEP 600) allows a library to ask of the system's.
+MANYLINUX = "manylinux_2_34"
+NEWEST = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13), "GCC": (12, 0)}
+
+
+def is_manylinux(library: Path) -> bool:
+    data = library.read_bytes()
+    return all(
+        tuple(map(int, match[1].split(b"."))) <= newest
+        for name, newest in NEWEST.items()
+        for match in re.finditer(rb"\0" + name.encode() + rb"_(\d+(?:\.\d+)*)(?=\0)", data)
+    )
+
+
 class Wheel(bdist_wheel):
+    """For every Python 3, and every Linux whose system libraries are as new as the symbols used."""
+
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+        platform = super().get_tag()[2]
+        library = ROOT / "build" / LIBRARY
+        if platform.startswith("linux_") and library.exists() and is_manylinux(library):
+            platform = platform.replace("linux", MANYLINUX, 1)
+        return "py3", "none", platform
 
 
 setup(
