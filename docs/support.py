@@ -43,7 +43,7 @@ def activation_rows() -> list[str]:
         of_models.setdefault(ungated, []).append(kind.__name__)
         if ungated in transformers._GATED:
             of_models.setdefault(transformers._GATED[ungated], []).append(kind.__name__)
-    for kind, (_, _) in transformers._GATES.items():
+    for kind in transformers._GATES:
         name = "swiglu_step" if kind.startswith("Step") else "swiglu_oai"
         of_models.setdefault(name, []).append(kind)
     rows = []
