@@ -43,9 +43,7 @@ def activation_rows() -> list[str]:
         of_models.setdefault(ungated, []).append(kind.__name__)
         if ungated in transformers._GATED:
             of_models.setdefault(transformers._GATED[ungated], []).append(kind.__name__)
-    for kind in transformers._GATES:
-        name = "swiglu_step" if kind.startswith("Step") else "swiglu_oai"
-        of_models.setdefault(name, []).append(kind)
+    of_models["swiglu_oai"] = list(transformers._GATES)
     rows = []
     for name, entry in reference.ACTIVATIONS.items():
         dtypes = [d for d in DTYPES if works(name, d, "gate_up", backward=False)]

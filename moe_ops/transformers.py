@@ -65,7 +65,6 @@ _GATES: dict[str, tuple[Callable[[nn.Module], dict], str | None]] = {
     "Glm5NextTextExperts": (lambda e: _oai(1.0, 0.0, e.swiglu_limit), None),
     "HYV4Experts": (lambda e: _oai(1.0, 0.0, e.swiglu_limit), None),
     "HYV4VLExperts": (lambda e: _oai(1.0, 0.0, e.swiglu_limit), None),
-    "Step3p7Experts": (lambda e: {"activation": "swiglu_step", "limit": e.limit}, "silu"),
 }
 
 

@@ -3,11 +3,13 @@ eager experts."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,6 +171,42 @@ def test_sentinels_of_expert_parallelism(device):
     assert torch.equal(out[1], torch.zeros_like(out[1]))
 
 
+KNOWN_GATES = {
+    "deepseek_v4": "DeepseekV4Experts",
+    "glm5_next": "Glm5NextTextExperts",
+    "gpt_oss": "GptOssExperts",
+    "hy_v4": "HYV4Experts",
+    "hy_v4_vl": "HYV4VLExperts",
+    "minimax_m3_vl": "MiniMaxM3VLExperts",
+    "nemotron_h": "NemotronHExperts",
+    "openai_privacy_filter": "OpenAIPrivacyFilterExperts",
+}
+
+
+@pytest.mark.parametrize("module", KNOWN_GATES)
+def test_gates_of_their_own(module, device):
+    """The real classes, with what any of their configs may say."""
+    config = SimpleNamespace(
+        hidden_size=12, intermediate_size=8, moe_intermediate_size=8, num_local_experts=4,
+        num_experts=4, n_routed_experts=4, moe_latent_size=None, hidden_act="silu",
+        mlp_hidden_act="relu2", swiglu_alpha=1.702, swiglu_limit=0.75,
+        _experts_implementation="simple_moe",
+    )  # fmt: skip
+    modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    torch.manual_seed(0)
+    experts = getattr(modeling, KNOWN_GATES[module])(config).to(device)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_()
+    assert moe_ops.transformers.explain(experts)[""].startswith("simple_moe: ")
+    assert_near(*run_toy(experts, device), module)
+
+
+def test_every_known_gate_is_tested():
+    tested = {*KNOWN_GATES.values()} - {"NemotronHExperts"}  # it has none
+    assert tested == set(moe_ops.transformers._GATES)
+
+
 class Experts(nn.Module):
     """Toy experts; the decorator gives them transformers' interface."""
 
@@ -204,10 +242,10 @@ def toy(act: str, gated: bool = True, **methods) -> nn.Module:
     return use_experts_implementation(kind, has_gate=gated)(Config(act, gated))
 
 
-def run_toy(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def run_toy(experts: nn.Module, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """simple_moe's output and eager's."""
-    x, ids = torch.randn(5, 12), torch.randint(0, 4, (5, 2))
-    weights = torch.rand(5, 2)
+    x, ids = torch.randn(5, 12).to(device), torch.randint(0, 4, (5, 2)).to(device)
+    weights = torch.rand(5, 2).to(device)
     out = experts(x, ids, weights)
     experts.config._experts_implementation = "eager"
     expected = experts(x, ids, weights)
