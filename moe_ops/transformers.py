@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ._functional import fused_moe
 
@@ -35,7 +36,7 @@ except ImportError as error:
 NAME = "simple_moe"
 _log = logging.getLogger(__name__)
 
-# Of an expert's first product where it has no gate. relu2 and identity have no gated form here.
+# By an activation's class, or the function: its name where there is no gate. relu2 and identity have no gated form here.
 _UNGATED = {
     activations.SiLUActivation: "silu",
     nn.SiLU: "silu",
@@ -46,6 +47,9 @@ _UNGATED = {
     nn.ReLU: "relu",
     activations.ReLUSquaredActivation: "relu2",
     activations.LinearActivation: "identity",
+    F.silu: "silu",
+    F.gelu: "gelu",
+    F.relu: "relu",
 }
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 
@@ -147,11 +151,13 @@ def _options(experts: nn.Module, hidden_states: Tensor | None) -> tuple[dict | N
     if getattr(experts, "has_post_expert_norm", False):
         return None, "it normalises each expert's output"
 
-    activation = _UNGATED.get(type(experts.act_fn)) if hasattr(experts, "act_fn") else None
+    function = getattr(experts, "act_fn", None)
+    key = type(function) if isinstance(function, nn.Module) else function
+    activation = _UNGATED.get(key)
     kind = type(experts)
     if not experts.has_gate:
         if activation is None:
-            return None, f"simple_moe has no {type(experts.act_fn).__name__}"
+            return None, f"simple_moe has no {getattr(key, '__name__', key)}"
         return {"activation": activation}, ""
     if kind.__name__ in _GATES and kind.__module__.startswith("transformers.models."):
         options, calls = _GATES[kind.__name__]
@@ -161,7 +167,7 @@ def _options(experts: nn.Module, hidden_states: Tensor | None) -> tuple[dict | N
     if kind._apply_gate is not _default_apply_gate:
         return None, "its gate is its own"
     if activation not in _GATED:
-        return None, f"simple_moe has no gated {type(experts.act_fn).__name__}"
+        return None, f"simple_moe has no gated {getattr(key, '__name__', key)}"
     return {"activation": _GATED[activation]}, ""
 
 
