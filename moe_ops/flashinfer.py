@@ -1,6 +1,6 @@
 """FlashInfer's `cutlass_fused_moe`: the same call, here, and in FlashInfer's own place.
 
-Read from flashinfer-python 0.5 to 0.7 (`flashinfer/fused_moe/core.py`).
+Read from flashinfer-python 0.7.0 to 0.7.2 (`flashinfer/fused_moe/core.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._functional import fused_moe
 
-KNOWN_VERSIONS = ("0.5", "0.6", "0.7")
+KNOWN_VERSIONS = ("0.7",)  # before, the same activations had other numbers
 REFUSED = ((8, 0), (8, 6), (8, 7))  # compute capabilities for which FlashInfer has no kernels
 _PLACES = ("flashinfer", "flashinfer.fused_moe")
 _QUANTISED = (
@@ -144,7 +144,7 @@ def cutlass_fused_moe(
         backend: "cutlass" as FlashInfer has it, which is "auto" here, or one of `fused_moe`'s.
 
     Returns:
-        The output, [T, H] (FlashInfer returns a list of it). Differentiable as `fused_moe` is.
+        The output, [T, H] (FlashInfer returns it first in a list). Differentiable as `fused_moe` is.
 
     Raises:
         NotImplementedError: something that isn't here was asked for; the message names it and what
@@ -226,7 +226,7 @@ def cutlass_fused_moe(
 def _activation_of(activation_type: ActivationType | int) -> str:
     try:
         kind = ActivationType(int(activation_type))
-    except ValueError:
+    except (TypeError, ValueError):
         kind = ActivationType.InvalidType
     if kind == ActivationType.ClampedRelu2:
         _refuse("ActivationType.ClampedRelu2", "use Relu2, which doesn't clamp")
@@ -266,7 +266,8 @@ def install(*, always: bool = False) -> AbstractContextManager:
     """Puts `cutlass_fused_moe` in the place of FlashInfer's, for the devices FlashInfer refuses.
 
     `flashinfer.cutlass_fused_moe` and `flashinfer.fused_moe.cutlass_fused_moe` then take the same
-    arguments and return what FlashInfer returns, a list of the output. Code that has imported the
+    arguments and return what FlashInfer returns, a list whose first is the output, without
+    gradients. Code that has imported the
     function itself before keeps FlashInfer's. Installing again changes `always`.
 
         with moe_ops.flashinfer.install():
@@ -288,7 +289,7 @@ def install(*, always: bool = False) -> AbstractContextManager:
     theirs = modules["flashinfer"].cutlass_fused_moe
     signature = inspect.signature(theirs)
     unknown = sorted(signature.parameters.keys() - inspect.signature(cutlass_fused_moe).parameters)
-    if version.split("+")[0].split(".post")[0].rpartition(".")[0] not in KNOWN_VERSIONS or unknown:
+    if ".".join(version.split(".")[:2]) not in KNOWN_VERSIONS or unknown:
         takes = f", whose cutlass_fused_moe takes {', '.join(unknown)}" if unknown else ""
         raise RuntimeError(
             f"simple_moe doesn't know FlashInfer {version}{takes}. It knows "
@@ -300,7 +301,8 @@ def install(*, always: bool = False) -> AbstractContextManager:
     def replacement(*args, **kwargs):
         arguments = signature.bind(*args, **kwargs).arguments
         if always or _refuses(arguments["input"].device):
-            return [cutlass_fused_moe(**arguments)]
+            with torch.no_grad():  # FlashInfer has no gradients: `output` may be given anywhere.
+                return _list_of(cutlass_fused_moe(**arguments), arguments)
         return theirs(*args, **kwargs)
 
     for place, module in modules.items():
@@ -309,6 +311,18 @@ def install(*, always: bool = False) -> AbstractContextManager:
     at_exit = ExitStack()
     at_exit.callback(uninstall)
     return at_exit
+
+
+def _list_of(output: Tensor, arguments: dict) -> list[Tensor]:
+    """FlashInfer's list: after the output come three tensors that only its minimum-latency mode
+    writes."""
+    experts, tokens = arguments["fc2_expert_weights"].shape[0], output.shape[0]
+    return [
+        output,
+        output.new_empty(1, dtype=torch.int32),
+        output.new_empty((experts, tokens), dtype=torch.float32),
+        output.new_empty(experts, dtype=torch.int32),
+    ]
 
 
 def _refuses(device: torch.device) -> bool:

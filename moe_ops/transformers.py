@@ -23,6 +23,10 @@ from ._functional import fused_moe
 
 try:
     from transformers import activations
+    from transformers.integrations.finegrained_fp8 import (
+        FP8ExpertsInterface,
+        fp8_grouped_mm_experts_forward,
+    )
     from transformers.integrations.moe import (
         ExpertsInterface,
         _default_apply_gate,
@@ -36,7 +40,8 @@ except ImportError as error:
 NAME = "simple_moe"
 _log = logging.getLogger(__name__)
 
-# By an activation's class, or the function: its name where there is no gate. relu2 and identity have no gated form here.
+# By an activation's class, or the function: its name where there is no gate. relu2 and identity
+# have no gated form here.
 _UNGATED = {
     activations.SiLUActivation: "silu",
     nn.SiLU: "silu",
@@ -78,6 +83,13 @@ def register() -> None:
     Before a model is made with it, or before `model.set_experts_implementation("simple_moe")`.
     """
     ExpertsInterface.register(NAME, experts_forward)
+    # Experts of a fine-grained FP8 checkpoint ask an interface of their own.
+    FP8ExpertsInterface.register(NAME, _fp8_experts_forward)
+
+
+def _fp8_experts_forward(self: nn.Module, *args, **kwargs) -> Tensor:
+    _tell_once(type(self).__name__, "its weights are FP8")
+    return fp8_grouped_mm_experts_forward(self, *args, **kwargs)
 
 
 def experts_forward(
@@ -91,7 +103,7 @@ def experts_forward(
     if options is None:
         _tell_once(type(self).__name__, why_not)
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    first = "gate_up_proj" if self.has_gate else "up_proj"
+    first = _first_name(self)
     w1, w2 = getattr(self, first), self.down_proj
     if self.is_transposed:
         w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)
@@ -99,7 +111,7 @@ def experts_forward(
         hidden_states.to(w1.dtype),
         w1,
         w2,
-        top_k_weights,
+        top_k_weights.float() if top_k_weights.dtype == torch.float64 else top_k_weights,
         top_k_index,
         b1=getattr(self, f"{first}_bias") if self.has_bias else None,
         b2=self.down_proj_bias if self.has_bias else None,
@@ -144,10 +156,11 @@ def _options(experts: nn.Module, hidden_states: Tensor | None) -> tuple[dict | N
     if not isinstance(down, Tensor):
         return None, "its weights aren't stacked in one tensor"
     device = down.device if hidden_states is None else hidden_states.device
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda", "meta"):
         return None, f"simple_moe has no kernels for {device.type}"
-    if down.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return None, f"its weights are {down.dtype}"
+    dtypes = {down.dtype, getattr(experts, _first_name(experts)).dtype}
+    if len(dtypes) > 1 or not dtypes <= {torch.float16, torch.bfloat16, torch.float32}:
+        return None, f"its weights are {' and '.join(sorted(map(str, dtypes)))}"
     if getattr(experts, "has_post_expert_norm", False):
         return None, "it normalises each expert's output"
 
@@ -159,16 +172,26 @@ def _options(experts: nn.Module, hidden_states: Tensor | None) -> tuple[dict | N
         if activation is None:
             return None, f"simple_moe has no {getattr(key, '__name__', key)}"
         return {"activation": activation}, ""
-    if kind.__name__ in _GATES and kind.__module__.startswith("transformers.models."):
-        options, calls = _GATES[kind.__name__]
-        if calls is not None and activation != calls:
-            return None, f"its gate isn't {calls}'s"
-        return options(experts), ""
-    if kind._apply_gate is not _default_apply_gate:
+    # The class may have been wrapped (FSDP2, parametrize), and its gate replaced.
+    gate = kind._apply_gate
+    for base in kind.__mro__:
+        own = gate.__qualname__ == f"{base.__name__}._apply_gate"
+        if base.__name__ in _GATES and own and gate.__module__ == base.__module__:
+            if not base.__module__.startswith("transformers.models."):
+                break
+            options, calls = _GATES[base.__name__]
+            if calls is not None and activation != calls:
+                return None, f"its gate isn't {calls}'s"
+            return options(experts), ""
+    if gate is not _default_apply_gate:
         return None, "its gate is its own"
     if activation not in _GATED:
         return None, f"simple_moe has no gated {getattr(key, '__name__', key)}"
     return {"activation": _GATED[activation]}, ""
+
+
+def _first_name(experts: nn.Module) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
 def _tell_once(experts: str, why_not: str) -> None:

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from helpers import DTYPES, TOLERANCE, assert_accurate
+from torch import nn
 from torch.nn import functional as F
 
 import moe_ops
@@ -251,6 +252,7 @@ def test_what_is_not_here_is_named(name):
     [
         ({"activation_type": 11}, "Swiglu (3)"),
         ({"activation_type": 99}, "Swiglu (3)"),
+        ({"activation_type": None}, "Swiglu (3)"),
         ({"activation_type": ActivationType.Geglu, "swiglu_limit": torch.ones(2)}, "swiglu_limit"),
         ({"activation_type": ActivationType.SwigluStep, "swiglu_beta": torch.ones(2)}, "beta"),
         ({"situ_beta": torch.ones(2)}, "situ_beta"),
@@ -292,7 +294,8 @@ def stand_in(monkeypatch):
 
 
 def upstream(input, token_selected_experts, token_final_scales, fc1_expert_weights,
-             fc2_expert_weights, output_dtype, quant_scales, *, backend="cutlass"):  # fmt: skip
+             fc2_expert_weights, output_dtype, quant_scales, output=None, *,
+             backend="cutlass"):  # fmt: skip
     return "FlashInfer's own"
 
 
@@ -306,7 +309,8 @@ def test_install_goes_where_flashinfer_does_not(stand_in, monkeypatch, device):
         assert place.cutlass_fused_moe(**layer) == "FlashInfer's own"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
     monkeypatch.setattr(ours, "_refuses", lambda device: True)
-    (out,) = package.cutlass_fused_moe(*layer.values())
+    out, *rest = package.cutlass_fused_moe(*layer.values())
+    assert [tuple(t.shape) for t in rest] == [(1,), (2, 1), (2,)]  # as FlashInfer returns them
     assert torch.equal(out, expected)
     ours.uninstall()
     assert package.cutlass_fused_moe is upstream and package.fused_moe.cutlass_fused_moe is upstream
@@ -314,15 +318,18 @@ def test_install_goes_where_flashinfer_does_not(stand_in, monkeypatch, device):
 
 
 def test_install_always_and_as_a_context_manager(stand_in):
-    package, layer = stand_in("0.6.6", upstream), make_layer()
+    package, layer = stand_in("0.7.0", upstream), make_layer()
     with ours.install(always=True):
         assert torch.equal(package.cutlass_fused_moe(**layer)[0], cutlass_fused_moe(**layer))
+        trained = layer | {"fc1_expert_weights": nn.Parameter(layer["fc1_expert_weights"])}
+        output = torch.empty(1, 128, dtype=torch.float16)
+        assert package.cutlass_fused_moe(**trained, output=output)[0] is output
         ours.install()  # again, with another answer
         assert package.cutlass_fused_moe(**layer) == "FlashInfer's own"
     assert package.cutlass_fused_moe is upstream
 
 
-@pytest.mark.parametrize("version", ["0.4.1", "0.8.0", "0.70.1", "1.0.0rc1"])
+@pytest.mark.parametrize("version", ["0.6.6", "0.8.0", "0.70.1", "1.0.0rc1"])
 def test_an_unknown_flashinfer_is_told_so(stand_in, version):
     package = stand_in(version, upstream)
     with pytest.raises(RuntimeError, match=f"FlashInfer {version}.*0.7.x"):

@@ -382,3 +382,38 @@ def test_every_experts_class_of_transformers():
             handed_over.append(name)
         assert_near(*run_toy(experts), name)
     assert len(handed_over) < 0.1 * len(found), handed_over
+
+
+def test_a_wrapped_class_keeps_its_gate_and_a_replaced_gate_is_not_ours():
+    """FSDP2 and parametrize give a module another class."""
+    experts = make_model("gpt-oss").model.layers[0].mlp.experts
+    experts.config._experts_implementation = "simple_moe"
+    kind = type(experts)
+    experts.__class__ = type("FSDPGptOssExperts", (kind,), {"__module__": "torch"})
+    assert moe_ops.transformers.explain(experts)[""] == "simple_moe: swiglu_oai"
+    experts.__class__ = type("Patched", (kind,), {"_apply_gate": softcapped})
+    assert "its gate is its own" in moe_ops.transformers.explain(experts)[""]
+
+
+def test_fp8_experts_are_handed_over():
+    from transformers.integrations import finegrained_fp8
+
+    forward = finegrained_fp8.FP8ExpertsInterface()["simple_moe"]
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            moe_ops.transformers, "fp8_grouped_mm_experts_forward", lambda self, *a: asked.append(a)
+        )
+        forward(nn.Identity(), 1, 2, 3)
+    assert asked == [(1, 2, 3)]
+
+
+def test_on_the_meta_device_and_with_wide_weights():
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS["mixtral"]())
+    model.set_experts_implementation("simple_moe")
+    assert model(torch.zeros(1, 5, dtype=int, device="meta")).logits.shape == (1, 5, 64)
+    experts = make_model("mixtral").model.layers[0].mlp.experts
+    x, ids, weights = torch.randn(5, 32), torch.zeros(5, 2, dtype=int), torch.rand(5, 2)
+    out = moe_ops.transformers.experts_forward(experts, x, ids, weights.double())
+    assert torch.equal(out, moe_ops.transformers.experts_forward(experts, x, ids, weights))
