@@ -75,7 +75,7 @@ def backend_rows() -> list[str]:
 def main() -> None:
     print("# What is supported\n")
     print(
-        "Written by `python docs/support.py` from the code: the first table by running every row."
+        "Written by `python docs/support.py` from the code: the first table by running every row on the CPU."
     )
     print("\n## Activations\n")
     print("In every backend alike, with biases, on the CPU and CUDA.\n")
@@ -97,8 +97,8 @@ def main() -> None:
         has = torch._C._dispatch_has_kernel_for_dispatch_key
         kernels = [has(f"simple_moe::{name}", key) for key in ("CPU", "CUDA", "Meta")]
         shown = ", ".join(tick(k) for k in kernels)
-        # sort_by_expert gives integers.
-        print(f"| `{name}` | {shown} | {'none: integers' if name == 'sort_by_expert' else 'yes'} |")
+        gradients = tick(has(f"simple_moe::{name}", "Autograd"))
+        print(f"| `{name}` | {shown} | {gradients} |")
 
 
 if __name__ == "__main__":

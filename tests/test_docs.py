@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "README.zh.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -16,25 +15,48 @@ SNIPPET = re.compile(r"^```python(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!http)([^)#]+)")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-@pytest.mark.parametrize("where", ["anywhere", "on a GPU"])
-def test_snippets(page, where, fresh_compiler):
-    snippets = SNIPPET.findall(page.read_text())
-    if where == "on a GPU":
-        if not any("needs a GPU" in info for info, _ in snippets):
-            return  # all of them run anywhere
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
+WITHOUT_SNIPPETS = {"how_fast.md", "support.md"}
+
+
+def snippets_of(page: Path) -> list[tuple[str, str]]:
+    return SNIPPET.findall(page.read_text())
+
+
+def needs_gpu(info: str) -> bool:
+    return "needs a GPU" in info
+
+
+def run(page: Path, snippets: list[tuple[str, str]]) -> None:
     if any("transformers" in code for _, code in snippets):
         pytest.importorskip("transformers", reason="transformers is not installed")
     names: dict[str, object] = {"__name__": "snippet"}
-    for number, (info, code) in enumerate(snippets):
-        if where == "anywhere" and "needs a GPU" in info:
-            continue
+    for number, (_, code) in enumerate(snippets):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own
             program = compile(code, f"{page.name}, snippet {number}", "exec")
             exec(program, names)  # noqa: S102 (the reader would)
+
+
+def test_pages_have_snippets():
+    assert {page.name for page in PAGES if not snippets_of(page)} == WITHOUT_SNIPPETS
+
+
+@pytest.mark.parametrize(
+    "page",
+    [p for p in PAGES if not all(needs_gpu(info) for info, _ in snippets_of(p))],
+    ids=lambda page: page.name,
+)
+def test_snippets(page, fresh_compiler):
+    run(page, [(info, code) for info, code in snippets_of(page) if not needs_gpu(info)])
+
+
+@pytest.mark.parametrize(
+    "page",
+    [p for p in PAGES if any(needs_gpu(info) for info, _ in snippets_of(p))],
+    ids=lambda page: page.name,
+)
+def test_snippets_that_need_a_gpu(page, cuda, fresh_compiler):
+    run(page, snippets_of(page))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
