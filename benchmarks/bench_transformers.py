@@ -13,10 +13,12 @@ import argparse
 import json
 import statistics
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
 import transformers
+from bench_moe import output_of
 from transformers import CompileConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moe_ops
@@ -88,7 +90,9 @@ def main() -> None:
     moe_ops.transformers.register()
     model = make_model(args)
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
-    about = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__,
+    root = Path(__file__).parent
+    commit = output_of("git", "-C", root, "describe", "--always", "--dirty", "--exclude=*")
+    about = {"date": date.today().isoformat(), "commit": commit, "device": name, "torch": torch.__version__, "transformers": transformers.__version__,
              "layers": args.layers, "prompt": PROMPT, "new_tokens": NEW, "tiny": args.tiny}  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(
