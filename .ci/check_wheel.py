@@ -1,7 +1,7 @@
 """Checks a wheel as its users will meet it: python .ci/check_wheel.py dist/*.whl
 
-Its name, its size, what is in it, which system symbols it asks for; then it is installed into an
-empty folder and `python -m moe_ops` runs from another one.
+Its name, whose tag setup.py gives it by the system symbols it asks for, its size, what is in it;
+then it is installed into an empty folder and runs from there, away from the checkout.
 """
 
 import os
