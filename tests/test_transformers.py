@@ -112,16 +112,27 @@ def test_compiles_whole(name, device, fresh_compiler):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_generates_the_same_tokens(name, device):
+def test_generates_the_same_tokens(name, device, fresh_compiler):
+    """With a static cache; on CUDA compiled as a whole and replayed as CUDA graphs."""
     model, tokens = make_model(name, device), tokens_of(2, 5, device)
-    generated = {}
-    for implementation in ("eager", "simple_moe"):
+
+    def generate(implementation: str, **options) -> torch.Tensor:
         model.set_experts_implementation(implementation)
-        generated[implementation] = model.generate(
+        return model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=False,
-            cache_implementation="static", disable_compile=device == "cpu",
+            cache_implementation="static", **options,
         )  # fmt: skip
-    assert torch.equal(generated["simple_moe"], generated["eager"])
+
+    expected = generate("eager", disable_compile=True)
+    if device == "cpu":
+        assert torch.equal(generate("simple_moe", disable_compile=True), expected)
+        return
+    whole = transformers.CompileConfig(fullgraph=True, mode="reduce-overhead")
+    assert torch.equal(generate("simple_moe", compile_config=whole), expected)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        assert torch.equal(generate("simple_moe", compile_config=whole), expected)
+    replays = [event for event in profile.events() if "GraphLaunch" in event.name]
+    assert len(replays) >= 7, "a step of the decoding was no CUDA graph"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
