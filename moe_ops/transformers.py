@@ -167,27 +167,37 @@ def _options(experts: nn.Module, hidden_states: Tensor | None) -> tuple[dict | N
     function = getattr(experts, "act_fn", None)
     key = type(function) if isinstance(function, nn.Module) else function
     activation = _UNGATED.get(key)
-    kind = type(experts)
     if not experts.has_gate:
         if activation is None:
             return None, f"simple_moe has no {getattr(key, '__name__', key)}"
         return {"activation": activation}, ""
-    # The class may have been wrapped (FSDP2, parametrize), and its gate replaced.
-    gate = kind._apply_gate
-    for base in kind.__mro__:
-        own = gate.__qualname__ == f"{base.__name__}._apply_gate"
-        if base.__name__ in _GATES and own and gate.__module__ == base.__module__:
-            if not base.__module__.startswith("transformers.models."):
-                break
-            options, calls = _GATES[base.__name__]
-            if calls is not None and activation != calls:
-                return None, f"its gate isn't {calls}'s"
-            return options(experts), ""
-    if gate is not _default_apply_gate:
+    gate = _gate_of(type(experts))
+    if gate is None:
         return None, "its gate is its own"
+    if gate:
+        options, calls = _GATES[gate]
+        if calls is not None and activation != calls:
+            return None, f"its gate isn't {calls}'s"
+        return options(experts), ""
     if activation not in _GATED:
         return None, f"simple_moe has no gated {getattr(key, '__name__', key)}"
     return {"activation": _GATED[activation]}, ""
+
+
+@torch.compiler.assume_constant_result  # Dynamo finds equal names of functions unequal
+def _gate_of(kind: type) -> str | None:
+    """The class in _GATES whose gate an experts class has; "" for transformers' own; None for others.
+
+    The class may have been wrapped (FSDP2, parametrize), and its gate replaced.
+    """
+    gate = kind._apply_gate
+    if gate is _default_apply_gate:
+        return ""
+    for base in kind.__mro__:
+        own = gate.__qualname__ == f"{base.__name__}._apply_gate"
+        if own and base.__name__ in _GATES and gate.__module__ == base.__module__:
+            return base.__name__ if base.__module__.startswith("transformers.models.") else None
+    return None
 
 
 def _first_name(experts: nn.Module) -> str:
