@@ -165,20 +165,21 @@ def test_export(device):
 
 PLAIN_MODEL = """
 import sys, torch
-program = torch.export.export(torch.nn.Linear(8, 8).cuda(), (torch.ones(2, 8, device="cuda"),))
+device, path = sys.argv[1:]
+model = torch.nn.Linear(8, 8, device=device)
+program = torch.export.export(model, (torch.ones(2, 8, device=device),))
 torch._inductor.aoti_load_package(
-    torch._inductor.aoti_compile_and_package(program, package_path=sys.argv[1])
+    torch._inductor.aoti_compile_and_package(program, package_path=path)
 )
 """
 
 
 @needs_compiler
 def test_aot_inductor_compiles_loads_and_runs(device, tmp_path):
-    if device == "cuda":
-        # In a process of its own: there are installations where loading ends it.
-        command = [sys.executable, "-c", PLAIN_MODEL, tmp_path / "plain.pt2"]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("this torch can't load a plain nn.Linear through AOTInductor on CUDA")
+    # In a process of its own: there are installations where loading ends it.
+    command = [sys.executable, "-c", PLAIN_MODEL, device, tmp_path / "plain.pt2"]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip(f"this torch can't load a plain nn.Linear through AOTInductor on {device}")
     module = make_module(device).eval()
     with torch.no_grad():
         package = torch._inductor.aoti_compile_and_package(
