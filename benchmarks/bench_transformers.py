@@ -1,18 +1,22 @@
 """Tokens per second and time to first token of a transformers model, by experts implementation.
 
-    python benchmarks/bench_transformers.py [--layers 4] [--batch 1 16] [--out NAME.json]
+    python benchmarks/bench_transformers.py [--layers 4] [--batch 1 16] [--out NAME]
 
 A Qwen3-30B-A3B of random weights, cut to a few layers, generates with a static cache; on a GPU its
 decoding is compiled as a whole and replayed as a CUDA graph, but for eager experts, which break the
-graph. error: norm of the logits' difference from eager's over their norm.
+graph. transformers decodes with batched_mm where grouped_mm is asked for. error: norm of the
+logits' difference from eager's over their norm.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 import time
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 
@@ -61,19 +65,43 @@ def seconds_of(model, tokens: torch.Tensor, new: int, compiled: bool) -> float:
 def time_one(model, implementation: str, tokens: torch.Tensor, expected: torch.Tensor) -> dict:
     torch._dynamo.reset()
     model.set_experts_implementation(implementation)
-    logits = model(tokens[:, :64]).logits.float()
-    error = ((logits - expected).norm() / expected.norm()).item()
     compiled = tokens.is_cuda and implementation != "eager"
-    for _ in range(2 if compiled else 1):  # compiles; records
-        seconds_of(model, tokens, NEW, compiled)
-    first = statistics.median(seconds_of(model, tokens, 1, compiled) for _ in range(REPEATS))
-    whole = statistics.median(seconds_of(model, tokens, NEW, compiled) for _ in range(REPEATS))
-    return {
-        "implementation": implementation, "batch": tokens.shape[0], "compiled": compiled,
+    row = {"implementation": implementation, "batch": tokens.shape[0], "compiled": compiled}
+    try:
+        logits = model(tokens[:, :64]).logits.float()
+        error = ((logits - expected).norm() / expected.norm()).item()
+        for _ in range(2 if compiled else 1):  # compiles; records
+            seconds_of(model, tokens, NEW, compiled)
+        first = statistics.median(seconds_of(model, tokens, 1, compiled) for _ in range(REPEATS))
+        whole = statistics.median(seconds_of(model, tokens, NEW, compiled) for _ in range(REPEATS))
+    except torch.OutOfMemoryError:
+        return row | {"failed": "out of memory"}
+    return row | {
         "first_token_ms": round(first * 1e3, 2),
         "tokens_per_second": round(tokens.shape[0] * (NEW - 1) / (whole - first), 1),
         "error": float(f"{error:.2g}"),
-    }  # fmt: skip
+    }
+
+
+COLUMNS = ("implementation", "batch", "first token, ms", "tokens/s", "error")
+
+
+def columns_of(row: dict) -> list[str]:
+    columns = [row["implementation"], str(row["batch"])]
+    if "failed" in row:
+        return [*columns, row["failed"], "", ""]
+    ms, rate, error = row["first_token_ms"], row["tokens_per_second"], row["error"]
+    return [*columns, f"{ms:.2f}", f"{rate:.0f}", f"{error:.1e}"]
+
+
+def write(about: dict, rows: list[dict], out: Path) -> None:
+    """out.json, and out.md for people."""
+    out.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *map(columns_of, rows)]
+    text = "# A transformers model with other experts\n\n"
+    text += "".join(f"- {key}: {value}\n" for key, value in about.items())
+    text += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    out.with_suffix(".md").write_text(text)
 
 
 @torch.no_grad()
@@ -85,19 +113,29 @@ def main() -> None:
                         default=list(IMPLEMENTATIONS))  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="widths of a 16th, to try it out")
-    parser.add_argument("--out", type=Path, help="writes the figures as JSON")
+    parser.add_argument("--out", type=Path, metavar="NAME", help="writes NAME.json and .md")
     args = parser.parse_args()
     moe_ops.transformers.register()
     model = make_model(args)
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
     root = Path(__file__).parent
-    commit = output_of("git", "-C", root, "describe", "--always", "--dirty", "--exclude=*")
-    about = {"date": date.today().isoformat(), "commit": commit, "device": name, "torch": torch.__version__, "transformers": transformers.__version__,
-             "layers": args.layers, "prompt": PROMPT, "new_tokens": NEW, "tiny": args.tiny}  # fmt: skip
+    about = {
+        "date": date.today().isoformat(),
+        "commit": output_of("git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"),
+        "command": shlex.join(["python", "benchmarks/bench_transformers.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model": f"{args.layers} layers of Qwen3-30B-A3B{', widths of a 16th' * args.tiny}",
+        "generated": f"{NEW} tokens after {PROMPT}",
+    }
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(
-        f"{'implementation':<15} {'batch':>5} {'first token, ms':>16} {'tokens/s':>9} {'error':>8}"
-    )
+    widths = [15, 5, 16, 9, 8]
+
+    def show(line: Iterable[str]) -> None:
+        print(" ".join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True)),
+              flush=True)  # fmt: skip
+
+    show(COLUMNS)
     rows = []
     for batch in args.batch:
         generator = torch.Generator().manual_seed(batch)
@@ -106,12 +144,10 @@ def main() -> None:
         model.set_experts_implementation("eager")
         expected = model(tokens[:, :64]).logits.float()
         for implementation in args.implementations:
-            row = time_one(model, implementation, tokens, expected)
-            rows.append(row)
-            print(f"{implementation:<15} {batch:>5} {row['first_token_ms']:>16.2f} "
-                  f"{row['tokens_per_second']:>9.1f} {row['error']:>8.1e}", flush=True)  # fmt: skip
+            rows.append(time_one(model, implementation, tokens, expected))
+            show(columns_of(rows[-1]))
             if args.out:
-                args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+                write(about, rows, args.out)
 
 
 if __name__ == "__main__":
