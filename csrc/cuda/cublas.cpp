@@ -3,7 +3,6 @@
 //   a's rows --gather--> [rows, k] --mm--> product [rows, n or 2 n], float32 --epilogue--> out
 //
 // It reads the offsets on the host, once per call, and so waits for the device.
-#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -14,20 +13,16 @@
 #include <vector>
 
 #include "checks.h"
+#include "cuda_check.h"
 #include "primitives.h"
 #include "shim.h"
 
 namespace simple_moe::cuda {
 namespace {
 
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string("simple_moe: ") + what + ": " + cudaGetErrorString(status));
-}
-
 void refuse_capture(cudaStream_t stream) {
   cudaStreamCaptureStatus status;
-  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  cuda_check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
   if (status == cudaStreamCaptureStatusNone) return;
   throw std::runtime_error(
       "simple_moe: backend 'cublas' reads the expert offsets on the host, which a CUDA graph can't "
@@ -37,10 +32,10 @@ void refuse_capture(cudaStream_t stream) {
 // Clamped to [0, rows] and monotonic, as all backends take them.
 std::vector<int32_t> read_offsets(const GroupedGemm& p, cudaStream_t stream) {
   std::vector<int32_t> offsets(static_cast<size_t>(p.experts) + 1);
-  check(cudaMemcpyAsync(offsets.data(), p.expert_offsets, offsets.size() * sizeof(int32_t),
-                        cudaMemcpyDeviceToHost, stream),
-        "cudaMemcpyAsync");
-  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  cuda_check(cudaMemcpyAsync(offsets.data(), p.expert_offsets, offsets.size() * sizeof(int32_t),
+                             cudaMemcpyDeviceToHost, stream),
+             "cudaMemcpyAsync");
+  cuda_check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
   int32_t reached = 0;
   for (int32_t& offset : offsets) {
     reached = std::max(reached, std::clamp<int32_t>(offset, 0, static_cast<int32_t>(p.rows)));
@@ -97,9 +92,9 @@ Tensor gather(const GroupedGemm& p, int64_t held) {
 void zero_rows(const GroupedGemm& p, int64_t begin, int64_t end, cudaStream_t stream) {
   if (begin >= end) return;
   const size_t element = element_size(p.out_dtype), pitch = p.out_stride * element;
-  check(cudaMemset2DAsync(static_cast<char*>(p.out) + begin * pitch, pitch, 0, p.n * element,
-                          end - begin, stream),
-        "cudaMemset2DAsync");
+  cuda_check(cudaMemset2DAsync(static_cast<char*>(p.out) + begin * pitch, pitch, 0, p.n * element,
+                               end - begin, stream),
+             "cudaMemset2DAsync");
 }
 
 }  // namespace

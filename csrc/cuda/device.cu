@@ -1,7 +1,5 @@
 #include "device.h"
 
-#include <cuda_runtime.h>
-
 #include <charconv>
 #include <cstdlib>
 #include <map>
@@ -10,16 +8,20 @@
 #include <string>
 #include <string_view>
 
+#include "cuda_check.h"
+
 namespace simple_moe {
+
+void cuda_check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("simple_moe: ") + what + ": " + cudaGetErrorString(status));
+}
+
 namespace {
 
 int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
-  const cudaError_t status = cudaDeviceGetAttribute(&value, name, device);
-  if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("simple_moe: cudaDeviceGetAttribute: ") +
-                             cudaGetErrorString(status));
-  }
+  cuda_check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
   return value;
 }
 
@@ -53,11 +55,7 @@ __global__ void probe_kernel() {}
 // from PTX for SM80, on whatever GPU.
 int compiled_for() {
   cudaFuncAttributes attributes;
-  const cudaError_t status = cudaFuncGetAttributes(&attributes, probe_kernel);
-  if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("simple_moe: cudaFuncGetAttributes: ") +
-                             cudaGetErrorString(status));
-  }
+  cuda_check(cudaFuncGetAttributes(&attributes, probe_kernel), "cudaFuncGetAttributes");
   return attributes.ptxVersion;
 }
 
@@ -83,11 +81,7 @@ const DeviceInfo& device_info() {
   static std::mutex mutex;
   static std::map<int, DeviceInfo> infos;  // Its elements never move.
   int device = 0;
-  const cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("simple_moe: cudaGetDevice: ") +
-                             cudaGetErrorString(status));
-  }
+  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
   const std::lock_guard lock(mutex);
   const auto found = infos.find(device);
   return found != infos.end() ? found->second : infos.emplace(device, ask(device)).first->second;

@@ -18,8 +18,6 @@
 // reaches memory.
 #pragma once
 
-#include <stdexcept>
-
 #include "copier.cuh"
 #include "device.h"
 #include "launch.cuh"
@@ -167,7 +165,7 @@ void launch_shape(const GroupedGemm& p, int number, cudaStream_t stream) {
     if (number == kNumber) return launch_one<T, kShapes[kNumber]>(p, stream);
     launch_shape<T, kNumber + 1>(p, number, stream);
   } else {
-    throw std::runtime_error("simple_moe: no tile fits this GPU's shared memory, 99 KB are needed");
+    cuda_check(cudaErrorInvalidConfiguration, "no tile fits in less than 99 KB of shared memory");
   }
 }
 

@@ -6,19 +6,11 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
+#include "cuda_check.h"
 #include "device.h"
 
 namespace simple_moe {
-
-inline void cuda_check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("simple_moe: ") + what + ": " +
-                             cudaGetErrorString(status));
-  }
-}
 
 // When a kernel may start: after those before it in the stream, or as early as they let it, where
 // the GPU and the build can. An early one calls ptx::wait_for_earlier_kernels() before it touches

@@ -34,6 +34,7 @@
 #define __restrict__
 
 using cudaStream_t = struct CudaStream*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 
 struct uint3 {
   unsigned x, y, z;
@@ -354,6 +355,10 @@ inline void let_next_kernel_start() {}
 }  // namespace ptx
 
 // ---- launch.cuh ----
+
+inline void cuda_check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(what);
+}
 
 enum class Start { kAfterOthers, kEarly };
 
