@@ -5,8 +5,8 @@ ABI alone, so that it can be built in an environment of pip's own and serves eve
 MIN_TORCH on. Where no nvcc is found, only the CPU half is built.
 
     CUDA_HOME, CUDA_PATH     the CUDA toolkit; otherwise /usr/local/cuda, otherwise nvcc in PATH
-    SIMPLE_MOE_CUDA_ARCHS    what to compile for, "80;90a;90+PTX" unless given: 80 is code for
-                             sm_80, 90+PTX is PTX that any GPU from 9.0 on can compile for itself
+    SIMPLE_MOE_CUDA_ARCHS    what to compile for, "80;90+PTX" unless given: 80 is code for sm_80,
+                             90+PTX is code for sm_90 and PTX that any GPU from 9.0 on can compile
     CXX                      the C++ compiler, g++ unless given
 """
 
@@ -82,22 +82,22 @@ def toolkit_folders(nvcc: str) -> tuple[list[str], list[str]]:
     return options["INCLUDES"], options["LIBRARIES"]
 
 
-def cuda_targets() -> list[tuple[str, str]]:
-    """(architecture, code) as nvcc's -gencode has them."""
-    targets = []
-    for item in os.environ.get("SIMPLE_MOE_CUDA_ARCHS", "80;90a;90+PTX").split(";"):
+def cuda_targets() -> dict[str, list[str]]:
+    """Architectures and the codes made of each, as nvcc's -gencode has them."""
+    targets = {}
+    for item in os.environ.get("SIMPLE_MOE_CUDA_ARCHS", "80;90+PTX").split(";"):
         match = re.fullmatch(r"(\d+[af]?)(\+PTX)?", item.strip())
         if not match:
             sys.exit(f"SIMPLE_MOE_CUDA_ARCHS: {item!r} is not like 80, 90a or 90+PTX")
         arch = f"compute_{match[1]}"
-        targets.append((arch, arch if match[2] else f"sm_{match[1]}"))
+        targets[arch] = [f"sm_{match[1]}"] + ([arch] if match[2] else [])
     return targets
 
 
 def ninja_file(version: str) -> str:
     torch = torch_folder()
     nvcc = find_nvcc()
-    targets = cuda_targets() if nvcc else []
+    targets = cuda_targets() if nvcc else {}
     cxx = shlex.split(CXX_FLAGS)
     cxx += ["-Icsrc", "-isystem", str(torch / "include")]
     cxx += ["-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*MIN_TORCH)]
@@ -113,14 +113,14 @@ def ninja_file(version: str) -> str:
         includes, libraries = toolkit_folders(nvcc)
         cxx += ["-DUSE_CUDA", "-DSIMPLE_MOE_CUDA", *includes]
         cu += ["-Icsrc", f"--threads={len(targets)}"]
-        cu += [f"-gencode=arch={arch},code={code}" for arch, code in targets]
+        cu += [f"-gencode=arch={arch},code=[{','.join(codes)}]" for arch, codes in targets.items()]
         link += [*libraries, "-Wl,--as-needed", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         kernels = list(ROOT.glob("csrc/cuda/**/*.cu"))
         sources += ROOT.glob("csrc/cuda/**/*.cpp")
     else:
         print("simple_moe: no nvcc found, building for the CPU ALONE", flush=True)
 
-    codes = json.dumps([code for _, code in targets])
+    codes = json.dumps([code for codes in targets.values() for code in codes])
     info = [f"-DSIMPLE_MOE_VERSION={json.dumps(version)}"]
     info += [f"-DSIMPLE_MOE_CUDA_TARGETS={json.dumps(codes)}"]
     # The report of ptxas (registers, spills) stays beside the object.
