@@ -47,7 +47,9 @@ def main() -> None:
     moe_ops.transformers.register()
     for folder in sorted(Path(sys.argv[1]).iterdir()):
         for plan in PLANS:
-            check(folder, plan)
+            # GPT-OSS's tensor-parallel plan leaves the experts whole.
+            if (folder.name, plan) != ("gpt-oss", "tensor parallel"):
+                check(folder, plan)
     distributed.destroy_process_group()
 
 
