@@ -1,14 +1,15 @@
 // fused_moe: the whole layer as four primitives.
 //
-//   topk_ids, topk_weights --sort_by_expert--> expert_offsets, and a row for each slot
-//   x  --grouped_gemm: gathered x[token] @ w1[e].T + b1[e], activation--> h1 [T*K, I]
-//   h1 --grouped_gemm: (h1 @ w2[e].T + b2[e]) * topk_weights--> h2 [T*K, H]
-//   h2 --combine: the sum over each token's slot_rows--> out [T, H]
+//   topk_ids, topk_weights --sort_by_expert--> expert_offsets, a slot for each row
+//   x  --grouped_gemm: gathered x[token] @ w1[e].T + b1[e], activation--> h1 [T*K, I], sorted
+//   h1 --grouped_gemm: (h1 @ w2[e].T + b2[e]) * topk_weights, scattered--> h2 [T*K, H], by slot
+//   h2 --combine: the sum over each token's slots that are held here--> out [T, H]
 //
 // One token is not sorted where the backend can do without: its slots are the rows.
 //
-// A long input goes in chunks of tokens, so that the workspace stays bounded. `out` may overlap any
-// input: all have been read by the time it is written.
+// A long input goes in chunks of tokens, so that the workspace stays bounded. What the sort makes
+// is done with before `out` is written, and lies there meanwhile. `out` may overlap any input: then
+// it doesn't, and the ids, which are read to the end, are copied.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -31,9 +32,10 @@ const float* data_of(const std::optional<Tensor>& t) {
 
 // Inputs as the kernels read them.
 struct Inputs {
-  Inputs(const Arguments& a, const Layer& layer)
+  Inputs(const Arguments& a, const Layer& layer, const Tensor& out)
       : layer(layer),
-        ids(contiguous_of(a.topk_ids)),
+        ids(contiguous_of(overlap(out, a.topk_ids) ? torch::stable::clone(a.topk_ids)
+                                                   : a.topk_ids)),
         weights(contiguous_of(a.topk_weights)),
         b1(contiguous_of(a.b1)),
         b2(contiguous_of(a.b2)),
@@ -51,54 +53,46 @@ struct Inputs {
   ExpertMatrices w1, w2;
 };
 
-// Where the arrays of a chunk's work lie in the workspace.
-class Workspace {
+// Arrays behind one another.
+class Arrays {
  public:
-  Workspace(const Place& place, const Layer& layer, int64_t tokens) {
-    const int64_t slots = tokens * layer.topk, element = element_size(layer.dtype);
-    const int64_t columns = layer.hidden < layer.intermediate ? layer.hidden : layer.intermediate;
-    tiles_ = place.plan_row_tiles(slots, layer.experts, columns);
-    expert_offsets_ = add(4 * (layer.experts + 1));
-    row_tiles_ = add(tiles_.bytes());
-    counts_ = add(4 * place.sort_by_expert_counts(slots, layer.experts));
-    source_rows_ = add(4 * slots);
-    row_weights_ = add(4 * slots);
-    slot_rows_ = add(4 * slots);
-    h1_ = add(element * slots * layer.intermediate);
-    h2_ = add(element * slots * layer.hidden);
-  }
-
-  int64_t bytes() const { return bytes_; }
-  void use(const Tensor& memory) { memory_ = static_cast<char*>(memory.mutable_data_ptr()); }
-
-  int32_t* expert_offsets() const { return at<int32_t>(expert_offsets_); }
-  RowTiles row_tiles() const {
-    RowTiles tiles = tiles_;
-    tiles.head = at<RowTilesHead>(row_tiles_);
-    return tiles;
-  }
-  int32_t* counts() const { return at<int32_t>(counts_); }
-  int32_t* source_rows() const { return at<int32_t>(source_rows_); }
-  float* row_weights() const { return at<float>(row_weights_); }
-  int32_t* slot_rows() const { return at<int32_t>(slot_rows_); }
-  void* h1() const { return at<void>(h1_); }
-  void* h2() const { return at<void>(h2_); }
-
- private:
   int64_t add(int64_t bytes) {
     const int64_t begin = bytes_;
-    bytes_ += (bytes + 255) / 256 * 256;
+    bytes_ += (bytes + 15) / 16 * 16;
     return begin;
   }
+  int64_t bytes() const { return bytes_; }
+  void use(char* memory) { memory_ = memory; }
   template <typename T>
   T* at(int64_t begin) const {
     return reinterpret_cast<T*>(memory_ + begin);
   }
 
-  RowTiles tiles_;
+ private:
   int64_t bytes_ = 0;
-  int64_t expert_offsets_, row_tiles_, counts_, source_rows_, row_weights_, slot_rows_, h1_, h2_;
   char* memory_ = nullptr;
+};
+
+// What the work on a chunk takes: what the sort makes, where there is one, and the products' rows.
+struct Workspace {
+  Workspace(const Place& place, const Layer& layer, int64_t tokens, bool sorted) : sorted(sorted) {
+    const int64_t slots = tokens * layer.topk, element = element_size(layer.dtype);
+    const int64_t columns = layer.hidden < layer.intermediate ? layer.hidden : layer.intermediate;
+    tiles = place.plan_row_tiles(slots, layer.experts, columns);
+    if (sorted) {
+      tiles_at = routing.add(tiles.bytes());
+      weighted_slots_at = routing.add(sizeof(WeightedSlot) * slots);
+      expert_offsets_at = routing.add(4 * (layer.experts + 1));
+      counts_at = routing.add(4 * place.sort_by_expert_counts(slots, layer.experts));
+    }
+    h1_at = products.add(element * slots * layer.intermediate);
+    h2_at = products.add(element * slots * layer.hidden);
+  }
+
+  bool sorted;
+  RowTiles tiles;
+  Arrays routing, products;
+  int64_t tiles_at = 0, weighted_slots_at = 0, expert_offsets_at = 0, counts_at = 0, h1_at, h2_at;
 };
 
 // The layer for tokens first ... first + tokens.
@@ -112,28 +106,29 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
   };
   Floats weights = floats_of(in.weights);
   weights.data = offset(weights.data, first_slot * element_size(weights.dtype));
-  const SortByExpert sort{
-      .ids = {offset(in.ids.const_data_ptr(), first_slot * (layer.ids_are_int64 ? 8 : 4)),
-              layer.ids_are_int64, layer.experts, a.expert_offset},
-      .slots = slots,
-      .expert_offsets = workspace.expert_offsets(),
-      .sorted_slots = nullptr,
-      .slot_rows = workspace.slot_rows(),
-      .topk = static_cast<int>(layer.topk),
-      .topk_weights = weights,
-      .source_rows = workspace.source_rows(),
-      .row_weights = workspace.row_weights(),
-      .counts = workspace.counts(),
-      .row_tiles = workspace.row_tiles(),
-  };
-  // One token's slots are its rows where the kernels can tell. They read the ids to the end then.
-  const bool sorted = tokens > 1 || !backend.needs_no_sort_of_one_token || overlap(out, a.topk_ids);
-  RowTiles row_tiles = sort.row_tiles;
-  if (sorted) {
+  const TopkIds ids{offset(in.ids.const_data_ptr(), first_slot * (layer.ids_are_int64 ? 8 : 4)),
+                    layer.ids_are_int64, layer.experts, a.expert_offset};
+  RowTiles row_tiles = workspace.tiles;
+  row_tiles.ids = ids;
+  const int32_t* expert_offsets = nullptr;
+  const WeightedSlot* weighted_slots = nullptr;
+  if (workspace.sorted) {
+    const Arrays& routing = workspace.routing;
+    row_tiles.head = routing.at<RowTilesHead>(workspace.tiles_at);
+    const SortByExpert sort{
+        .ids = ids,
+        .slots = slots,
+        .expert_offsets = routing.at<int32_t>(workspace.expert_offsets_at),
+        .sorted_slots = nullptr,
+        .weighted_slots = routing.at<WeightedSlot>(workspace.weighted_slots_at),
+        .topk = static_cast<int>(layer.topk),
+        .topk_weights = weights,
+        .counts = routing.at<int32_t>(workspace.counts_at),
+        .row_tiles = row_tiles,
+    };
     place.sort_by_expert(sort);
-  } else {
-    row_tiles.head = nullptr;
-    row_tiles.ids = sort.ids;
+    expert_offsets = sort.expert_offsets;
+    weighted_slots = sort.weighted_slots;
   }
 
   const Defaults defaults = defaults_of(layer.activation);
@@ -141,13 +136,14 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
       .dtype = layer.dtype,
       .out_dtype = layer.dtype,
       .a = offset(in.x.data, first_token * in.x.stride * element),
-      .a_stride = sorted ? in.x.stride : 0,
+      .a_stride = weighted_slots ? in.x.stride : 0,
       .rows = slots,
       .n = layer.intermediate,
       .k = layer.hidden,
       .experts = layer.experts,
-      .expert_offsets = sort.expert_offsets,
-      .source_rows = sorted ? sort.source_rows : nullptr,
+      .expert_offsets = expert_offsets,
+      .gather = weighted_slots,
+      .scatter = nullptr,
       .source_count = tokens,
       .row_tiles = row_tiles,
       .claimant = 0,
@@ -166,7 +162,7 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
                      .expert_limit = data_of(in.limits)},
       .gate_layout = layer.gate_layout,
       .row_weights = {},
-      .out = workspace.h1(),
+      .out = workspace.products.at<void>(workspace.h1_at),
       .out_stride = layer.intermediate,
       .zero_other_rows = false,
   };
@@ -177,7 +173,8 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
   second.a_stride = first.out_stride;
   second.n = layer.hidden;
   second.k = layer.intermediate;
-  second.source_rows = nullptr;
+  second.gather = nullptr;
+  second.scatter = weighted_slots;
   second.source_count = slots;
   second.claimant = 1;
   second.only_a_is_new = true;
@@ -188,8 +185,8 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
   second.bias = floats_of(in.b2);
   second.activation = {};
   second.gate_layout = GateLayout::kGateUp;
-  second.row_weights = sorted ? Floats{sort.row_weights} : weights;
-  second.out = workspace.h2();
+  second.row_weights = weighted_slots ? Floats{} : weights;
+  second.out = workspace.products.at<void>(workspace.h2_at);
   second.out_stride = layer.hidden;
   backend.grouped_gemm(second, place.stream());
 
@@ -204,11 +201,11 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
       .rows = slots,
       .topk = static_cast<int>(layer.topk),
       .weights = {},
-      .slot_rows = sorted ? sort.slot_rows : nullptr,
-      .ids = sort.ids,
+      .slot_rows = nullptr,
       .sorted_slots = nullptr,
       .expert_offsets = nullptr,
       .experts = layer.experts,
+      .ids = ids,
       .only_rows_are_new = true,
       .out = static_cast<char*>(out.mutable_data_ptr()) +
              first_token * layer.hidden * static_cast<int64_t>(element_size(out_dtype)),
@@ -216,34 +213,47 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
   place.combine(sum);
 }
 
-// Equal chunks of tokens, as few as keep the workspace under kWorkspaceBytes. One only where `out`
-// overlaps an input: the first chunk's output would be read as the second's input.
-int64_t tokens_of_chunk(const Arguments& a, const Place& place, const Layer& layer,
-                        const Tensor& out) {
-  constexpr int64_t kWorkspaceBytes = int64_t{3} << 30;
-  const int64_t bytes = Workspace(place, layer, layer.tokens).bytes();
-  if (bytes <= kWorkspaceBytes) return layer.tokens;
+bool overlaps_an_input(const Arguments& a, const Tensor& out) {
   for (const Tensor* input : {&a.x, &a.w1, &a.w2, &a.topk_weights, &a.topk_ids}) {
-    if (overlap(out, *input)) return layer.tokens;
+    if (overlap(out, *input)) return true;
   }
   for (const auto* input :
        {&a.b1, &a.b2, &a.alpha.per_expert, &a.beta.per_expert, &a.limit.per_expert}) {
-    if (*input && overlap(out, **input)) return layer.tokens;
+    if (*input && overlap(out, **input)) return true;
   }
-  const int64_t chunks = (bytes + kWorkspaceBytes - 1) / kWorkspaceBytes;
-  return (layer.tokens + chunks - 1) / chunks;
+  return false;
 }
 
 // `out` is contiguous. With tokens, and checked arguments.
 void run(const Arguments& a, const Layer& layer, const Place& place, const Backend& backend,
          const Tensor& out) {
-  const Inputs in(a, layer);
-  const int64_t step = tokens_of_chunk(a, place, layer, out);
-  Workspace workspace(place, layer, step);
-  const Tensor memory = empty(a.x, {workspace.bytes()}, ScalarType::Byte);
-  workspace.use(memory);
+  // Equal chunks, as few as keep the workspace under kMost. One only where `out` overlaps an input:
+  // the first chunk's output would be read as the second's input.
+  constexpr int64_t kMost = int64_t{3} << 30;
+  const bool apart = !overlaps_an_input(a, out);
+  const bool sorted = layer.tokens > 1 || !backend.needs_no_sort_of_one_token;
+  Workspace workspace(place, layer, layer.tokens, sorted);
+  const int64_t chunks =
+      apart ? (workspace.products.bytes() + workspace.routing.bytes() + kMost - 1) / kMost : 1;
+  const int64_t step = (layer.tokens + chunks - 1) / chunks;
+  if (step < layer.tokens) workspace = Workspace(place, layer, step, sorted);
+
+  // The routing lies in the chunk's rows of `out` where even the last chunk has room for it.
+  const int64_t products = workspace.products.bytes(), routing = workspace.routing.bytes();
+  const int64_t row_bytes = layer.hidden * static_cast<int64_t>(element_size(dtype_of(out)));
+  const int64_t last = (layer.tokens - 1) % step + 1;
+  const bool in_out = apart && routing + 15 <= last * row_bytes;
+  const Tensor memory = empty(a.x, {products + (in_out ? 0 : routing)}, ScalarType::Byte);
+  char* const begin = static_cast<char*>(memory.mutable_data_ptr());
+  workspace.products.use(begin);
+  workspace.routing.use(begin + products);
+  const Inputs in(a, layer, out);
   for (int64_t first = 0; first < layer.tokens; first += step) {
     const int64_t tokens = step < layer.tokens - first ? step : layer.tokens - first;
+    if (in_out) {
+      const auto rows = reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + first * row_bytes;
+      workspace.routing.use(reinterpret_cast<char*>((rows + 15) / 16 * 16));
+    }
     run_chunk(a, in, place, backend, workspace, first, tokens, out);
   }
 }

@@ -12,7 +12,7 @@ MMA = "csrc/cuda/mma_tile.cuh"
 GEMM, ANY = "csrc/cuda/grouped_gemm.cuh", "csrc/cuda/grouped_gemm_any.cuh"
 SHAPE, COPIER, WARP = (f"csrc/cuda/{x}.cuh" for x in ("gemm_shape", "copier", "warp_tile"))
 SCAN, TILES = "csrc/cuda/block_scan.cuh", "csrc/cuda/row_tiles.cuh"
-ITEMS = "csrc/cuda/items.cuh"
+ITEMS, EPILOGUE = "csrc/cuda/items.cuh", "csrc/cuda/epilogue.cuh"
 
 
 def toy_gemms(emulator):
@@ -113,17 +113,19 @@ PLANTED = {
     "last offset not written": (
         SORT, "p.expert_offsets[b] = begin[b];", "if (b < p.ids.experts) p.expert_offsets[b] = begin[b];",
         properties.test_sort_by_expert),
-    "slot's row not written": (
-        SORT, "if (p.slot_rows) p.slot_rows",
-        "if (p.slot_rows && bin[i] < p.ids.experts) p.slot_rows",
+    "slots of others not sorted": (
+        SORT, "if (p.weighted_slots) p.weighted_slots",
+        "if (p.weighted_slots && bin[i] < p.ids.experts) p.weighted_slots",
         properties.test_sort_by_expert),
+    "rows not scattered": (
+        EPILOGUE, "if (p.scatter) return p.scatter[row];", "", whole_vectors),
     "slots of others multiplied": (
         ITEMS, "expert < p_.experts ? 1 : -1", "1", properties.test_one_token),
     "a slot of others ends the rest": (
         ITEMS, "expert < p_.experts ? 1 : -1", "expert < p_.experts ? 1 : 0",
         properties.test_one_token),
     "slot rows not cleared": (
-        COMBINE, "if (slot < p.tokens * p.topk) p.slot_rows[slot] = -1;", "(void)slot;",
+        COMBINE, "cudaMemsetAsync(p.slot_rows, 0xFF,", "cudaMemsetAsync(p.slot_rows, 0,",
         properties.test_combine),
     "slots that don't exist": (
         COMBINE, "slot >= 0 && slot < p.tokens * p.topk", "slot < p.tokens * p.topk",

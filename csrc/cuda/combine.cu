@@ -4,8 +4,8 @@
 // Schedule: a block takes one token and 8 columns a thread. Of 32 of the token's K slots each lane
 // looks one up, its row and weight; then each thread reads 16 bytes of every row that is there,
 // kAtOnce in flight. The code is kept short: with few tokens it is run through once, and its length
-// is time. Before it, where sort_by_expert's slot_rows isn't at hand, two small kernels make it;
-// one unsorted token needs none.
+// is time. Where rows lie as sorted, a small kernel before it says where each slot's is; a layer's
+// lie as its slots do.
 #include "device.h"
 #include "floats.cuh"
 #include "launch.cuh"
@@ -16,11 +16,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kAtOnce = 4;  // rows that a thread has in flight
-
-__global__ void __launch_bounds__(kThreads) clear_slot_rows_kernel(const Combine p) {
-  const int64_t slot = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (slot < p.tokens * p.topk) p.slot_rows[slot] = -1;
-}
 
 // sorted_slots and expert_offsets may be anybody's: a slot that doesn't exist is skipped, and of
 // two rows for one slot the later one counts (an integer maximum: the order doesn't matter).
@@ -116,8 +111,9 @@ __global__ void __launch_bounds__(kThreads)
 void combine(const Combine& p, cudaStream_t stream) {
   if (p.tokens == 0 || p.hidden == 0) return;
   if (p.expert_offsets) {
-    const int64_t slots = p.tokens * p.topk;
-    launch(clear_slot_rows_kernel, (slots + kThreads - 1) / kThreads, kThreads, 0, stream, p);
+    // -1 in each.
+    cuda_check(cudaMemsetAsync(p.slot_rows, 0xFF, sizeof(int32_t) * p.tokens * p.topk, stream),
+               "cudaMemsetAsync");
     launch(fill_slot_rows_kernel, (p.rows + kThreads - 1) / kThreads, kThreads, 0, stream, p);
   }
   const int64_t vectors = (p.hidden + kVector - 1) / kVector;

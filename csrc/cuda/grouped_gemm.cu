@@ -41,31 +41,23 @@ __global__ void __launch_bounds__(kThreads) zero_other_rows_kernel(const Grouped
   }
 }
 
-// A block takes rows of one expert.
+// A block takes some rows of one expert.
+constexpr int kEpilogueRows = 8;
 __global__ void __launch_bounds__(kThreads)
     grouped_gemm_epilogue_kernel(const GroupedGemm p, const float* product, int64_t first_row,
                                  int64_t rows, int64_t expert, bool aligned) {
-  constexpr int kRowsAtOnce = 8;
   const bool gated = is_gated(p.activation.kind);
   const int64_t width = gated ? 2 * p.n : p.n;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRowsAtOnce;
-  const int64_t left = rows - first;
-  const int count = left < kRowsAtOnce ? static_cast<int>(left) : kRowsAtOnce;
-  float* const staged = reinterpret_cast<float*>(ptx::dynamic_smem());
-  constexpr int kColumns = 2 * kThreads, kPitch = kColumns + 8;
-  const int outputs = gated ? kColumns / 2 : kColumns;
-  for (int64_t column = 0; column < p.n; column += outputs) {
-    for (int i = threadIdx.x; i < count * kColumns; i += kThreads) {
-      const int row = i / kColumns, j = i % kColumns;
-      const int64_t output = column + j % outputs;
-      const int64_t from = gated ? branch_row(p, output, j >= outputs) : output;
-      staged[row * kPitch + j] = output < p.n ? product[(first + row) * width + from] : 0.0f;
-    }
-    __syncthreads();
-    finish_rows(p, expert, first_row + first, count, column, kColumns, staged, kPitch, aligned,
-                /*add_bias=*/true);
-    __syncthreads();
-  }
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kEpilogueRows, left = rows - first;
+  const int columns = static_cast<int>((p.n + kVector - 1) / kVector * kVector);
+  finish_rows(p, expert, first_row + first,
+              left < kEpilogueRows ? static_cast<int>(left) : kEpilogueRows, 0, columns, aligned,
+              [&](int row, int column, bool up) {
+                if (column >= p.n) return 0.0f;
+                const int64_t at = gated ? branch_row(p, column, up) : column;
+                const float bias = p.bias.data ? load_float(p.bias, expert * width + at) : 0.0f;
+                return product[(first + row) * width + at] + bias;
+              });
 }
 
 }  // namespace
@@ -104,9 +96,8 @@ void grouped_gemm(const GroupedGemm& p, cudaStream_t stream) {
 
 void grouped_gemm_epilogue(const GroupedGemm& p, const float* product, int64_t first_row,
                            int64_t rows, int64_t expert, cudaStream_t stream) {
-  launch(grouped_gemm_epilogue_kernel, (rows + 7) / 8, kThreads,
-         sizeof(float) * 8 * (2 * kThreads + 8), stream, p, product, first_row, rows, expert,
-         rows_are_aligned(p.out, p.out_stride, p.out_dtype));
+  launch(grouped_gemm_epilogue_kernel, ceil_div(rows, kEpilogueRows), kThreads, 0, stream, p,
+         product, first_row, rows, expert, rows_are_aligned(p.out, p.out_stride, p.out_dtype));
 }
 
 }  // namespace simple_moe::cuda

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   // copies more than the first item.
   const int steps_first = steps < Shape::kStages ? 0
                           : p.only_a_is_new      ? Shape::kStages - 1
-                          : p.source_rows        ? 2
+                          : p.gather             ? 2
                                                  : 0;
 #pragma unroll 1
   for (int step = 0; step < steps_first; ++step) {

@@ -22,7 +22,7 @@ struct Alignment {
 
 // The row of `a` behind an output row.
 __device__ __forceinline__ int64_t source_row(const GroupedGemm& p, int64_t row) {
-  return p.source_rows ? p.source_rows[row] : row;
+  return p.gather ? p.gather[row].token : row;
 }
 
 // The row of b behind a column of a tile, or -1 where there is none.
@@ -76,8 +76,10 @@ __device__ __forceinline__ void for_each_item(const GroupedGemm& p, bool out_ali
       const int left = item.row_count - first;
       const int rows = left < Shape::kStagedRows ? left : Shape::kStagedRows;
       finish_rows(p, item.expert, item.row_begin + first, rows,
-                  static_cast<int64_t>(item.column_tile) * width, Shape::kCols, staged,
-                  Shape::kPitch, out_aligned, /*add_bias=*/false);
+                  static_cast<int64_t>(item.column_tile) * width, width, out_aligned,
+                  [&](int row, int column, bool up) {
+                    return staged[row * Shape::kPitch + (up ? width : 0) + column];
+                  });
     });
   }
 }

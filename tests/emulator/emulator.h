@@ -360,6 +360,11 @@ inline void cuda_check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(what);
 }
 
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
 enum class Start { kAfterOthers, kEarly };
 
 // Blocks run one after another, in a random order.
