@@ -47,7 +47,7 @@ PLANTED = {
         "(block_scan(offset, Max(), s.warp_totals, window_end), offset)",
         properties.test_toy_tiles),
     "window not waited for": (
-        TILES, "__syncthreads();\n    for (int tile", "for (int tile", properties.test_toy_tiles),
+        TILES, "__syncthreads();\n    for (int e", "for (int e", properties.test_toy_tiles),
     "last row of a tile forgotten": (
         ITEMS, "left < p_.row_tiles.height ? left :", "left < p_.row_tiles.height ? left - 1 :",
         properties.test_toy_tiles),

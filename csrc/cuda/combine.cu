@@ -8,7 +8,7 @@
 // lie as its slots do.
 #include "device.h"
 #include "floats.cuh"
-#include "launch.cuh"
+#include "launch.h"
 #include "primitives.h"
 
 namespace simple_moe::cuda {

@@ -15,6 +15,10 @@ struct DeviceInfo {
   bool early_launch;
 };
 
+// The PTX version that the kernels running here were compiled for: 80 where the driver made them
+// from PTX for SM80, on whatever GPU.
+int compiled_for();
+
 // Of the current device. SIMPLE_MOE_TEST_DEVICE="sms=108,smem_kb=163,early_launch=0" overrides it,
 // so that one GPU can stand in for another in tests.
 const DeviceInfo& device_info();

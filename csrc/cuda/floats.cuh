@@ -20,14 +20,10 @@ void with_type(DType dtype, const F& f) {
 }
 
 __device__ __forceinline__ float load_float(const Floats& floats, int64_t index) {
-  switch (floats.dtype) {
-    case DType::kFloat16:
-      return ptx::to_float(static_cast<const f16*>(floats.data)[index]);
-    case DType::kBFloat16:
-      return ptx::to_float(static_cast<const bf16*>(floats.data)[index]);
-    default:
-      return static_cast<const float*>(floats.data)[index];
-  }
+  const void* const data = floats.data;
+  if (floats.dtype == DType::kFloat32) return static_cast<const float*>(data)[index];
+  if (floats.dtype == DType::kFloat16) return ptx::to_float(static_cast<const f16*>(data)[index]);
+  return ptx::to_float(static_cast<const bf16*>(data)[index]);
 }
 
 constexpr int kVector = 8;  // values a thread handles at once
@@ -38,25 +34,7 @@ inline bool rows_are_aligned(const void* data, int64_t stride, DType dtype) {
          stride * static_cast<int64_t>(element_size(dtype)) % 16 == 0;
 }
 
-// values[i] = row[i] for i < count; others are left alone.
-template <typename T>
-__device__ __forceinline__ void load_vector(const T* row, int count, bool aligned,
-                                            float (&values)[kVector]) {
-  if (aligned && count == kVector) {
-    constexpr int kPerAccess = 16 / sizeof(T);
-    for (int i = 0; i < kVector; i += kPerAccess) {
-      alignas(16) T loaded[kPerAccess];
-      *reinterpret_cast<uint4*>(loaded) = *reinterpret_cast<const uint4*>(row + i);
-      for (int j = 0; j < kPerAccess; ++j) values[i + j] = ptx::to_float(loaded[j]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (i < count) values[i] = ptx::to_float(row[i]);
-    }
-  }
-}
-
+// row[i] = values[i] for i < count.
 template <typename T>
 __device__ __forceinline__ void store_vector(T* row, int count, bool aligned,
                                              const float (&values)[kVector]) {
@@ -78,13 +56,12 @@ __device__ __forceinline__ void store_vector(T* row, int count, bool aligned,
 // The same to data[index ...] of a dtype known at run time.
 __device__ __forceinline__ void store_vector(void* data, DType dtype, int64_t index, int count,
                                              bool aligned, const float (&values)[kVector]) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return store_vector(static_cast<f16*>(data) + index, count, aligned, values);
-    case DType::kBFloat16:
-      return store_vector(static_cast<bf16*>(data) + index, count, aligned, values);
-    default:
-      return store_vector(static_cast<float*>(data) + index, count, aligned, values);
+  if (dtype == DType::kFloat32) {
+    store_vector(static_cast<float*>(data) + index, count, aligned, values);
+  } else if (dtype == DType::kFloat16) {
+    store_vector(static_cast<f16*>(data) + index, count, aligned, values);
+  } else {
+    store_vector(static_cast<bf16*>(data) + index, count, aligned, values);
   }
 }
 

@@ -1,6 +1,6 @@
 // grouped_gemm: which kernel, and the rows that belong to no expert.
 #include "epilogue.cuh"
-#include "launch.cuh"
+#include "launch.h"
 #include "primitives.h"
 #include "row_tiles.cuh"
 #include "shapes.h"

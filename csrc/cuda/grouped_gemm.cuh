@@ -18,9 +18,11 @@
 // reaches memory.
 #pragma once
 
+#include <utility>
+
 #include "copier.cuh"
 #include "device.h"
-#include "launch.cuh"
+#include "launch.h"
 #include "warp_tile.cuh"
 
 namespace simple_moe::cuda {
@@ -159,20 +161,19 @@ void launch_one(const GroupedGemm& p, cudaStream_t stream) {
                         stream, p);
 }
 
-template <typename T, int kNumber = 0>
-void launch_shape(const GroupedGemm& p, int number, cudaStream_t stream) {
-  if constexpr (kNumber < kShapeCount) {
-    if (number == kNumber) return launch_one<T, kShapes[kNumber]>(p, stream);
-    launch_shape<T, kNumber + 1>(p, number, stream);
-  } else {
-    cuda_check(cudaErrorInvalidConfiguration, "no tile fits in less than 99 KB of shared memory");
-  }
+template <typename T, int... kNumbers>
+bool launch_shape(const GroupedGemm& p, int number, cudaStream_t stream,
+                  std::integer_sequence<int, kNumbers...>) {
+  return ((number == kNumbers && (launch_one<T, kShapes[kNumbers]>(p, stream), true)) || ...);
 }
 
 template <typename T>
 void launch_best_shape(const GroupedGemm& p, cudaStream_t stream) {
   const ProductSize size{p.rows, p.experts, p.n, p.k, is_gated(p.activation.kind)};
-  launch_shape<T>(p, choose_shape(p.row_tiles, size, device_info()), stream);
+  const int number = choose_shape(p.row_tiles, size, device_info());
+  if (!launch_shape<T>(p, number, stream, std::make_integer_sequence<int, kShapeCount>())) {
+    cuda_check(cudaErrorInvalidConfiguration, "no tile fits in less than 99 KB of shared memory");
+  }
 }
 
 }  // namespace simple_moe::cuda

@@ -10,7 +10,7 @@
 #include "device.h"
 #include "epilogue.cuh"
 #include "items.cuh"
-#include "launch.cuh"
+#include "launch.h"
 #include "mma_tile.cuh"
 #include "shapes.h"
 
@@ -94,9 +94,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
           product.begin([&](int column) { return bias_of<Shape::kCols>(p, item, column); });
         }
         using A = KMajor<T, Shape::kRows, Shape::kDepth>;
-        A a;
-        a.k = p.k;
-        a.aligned = aligned.a;
+        A a{.lines = {}, .k = p.k, .aligned = aligned.a};
 #pragma unroll
         for (int pass = 0; pass < A::kPasses; ++pass) {
           const int row = A::line(pass);
@@ -121,9 +119,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
           product.multiply(a, b, p.k, smem);
         } else {
           using B = KMajor<T, Shape::kCols, Shape::kDepth>;
-          B b;
-          b.k = p.k;
-          b.aligned = aligned.b;
+          B b{.lines = {}, .k = p.k, .aligned = aligned.b};
 #pragma unroll
           for (int pass = 0; pass < B::kPasses; ++pass) {
             const int64_t row = weight_row<Shape::kCols>(p, item.column_tile, B::line(pass));
@@ -163,13 +159,10 @@ void launch_any_shape(const GroupedGemm& p, cudaStream_t stream) {
     using Shape = decltype(shape);
     launch_any<Shape>(grouped_gemm_any_kernel<T, Shape, kLineMajorB>, p, kMmaThreads, stream);
   };
-  if (p.row_tiles.height <= FewRows::kRows) {
-    launch_one(FewRows());
-  } else if (p.row_tiles.height <= SomeRows::kRows) {
-    launch_one(SomeRows());
-  } else {
-    launch_one(ManyRows());
-  }
+  const int height = p.row_tiles.height;
+  height <= 16   ? launch_one(FewRows())
+  : height <= 64 ? launch_one(SomeRows())
+                 : launch_one(ManyRows());
 }
 
 }  // namespace simple_moe::cuda

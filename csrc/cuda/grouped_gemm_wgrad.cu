@@ -5,7 +5,7 @@
 // Experts without rows get zeros.
 #include "block_scan.cuh"
 #include "device.h"
-#include "launch.cuh"
+#include "launch.h"
 #include "mma_tile.cuh"
 #include "primitives.h"
 #include "simt_tile.cuh"

@@ -17,6 +17,32 @@ namespace simple_moe {
 
 constexpr int kMmaThreads = 128;
 
+// 8 values from `from` on, `stride` apart, to 16 bytes of shared memory: the first `count`, and
+// zeros. `aligned`: they are neighbours, and those of 16 bytes.
+template <typename T>
+__device__ __forceinline__ void copy_vector(unsigned char* to, const T* from, int64_t stride,
+                                            int64_t count, bool aligned) {
+  if (count <= 0 || (aligned && count >= kVector)) {
+    ptx::cp_async_16(ptx::smem_address(to), count > 0 ? from : nullptr, count > 0);
+  } else {
+    alignas(16) T values[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) values[i] = i < count ? from[i * stride] : T{0};
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
+  }
+}
+
+// Which of 16 x 16 elements' vectors a lane of ldmatrix gives the address of: the matrices lie
+// below one another first, or side by side first.
+struct FragmentPlace {
+  int line, vector;
+};
+__device__ __forceinline__ FragmentPlace fragment_place(bool below_first) {
+  const int lane = threadIdx.x % 32;
+  if (below_first) return {lane % 16, lane / 16};
+  return {lane / 16 * 8 + lane % 8, lane / 8 % 2};
+}
+
 // An operand whose k is contiguous: kLines rows of a, or columns of b.
 template <typename T, int kLines, int kDepth>
 struct KMajor {
@@ -40,37 +66,20 @@ struct KMajor {
 
   __device__ void copy(unsigned char* slot, int64_t first_k) const {
     const int64_t at = first_k + vector() * kVector;
-    const bool whole = aligned && at + kVector <= k;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       if (kLines % kPerPass != 0 && line(pass) >= kLines) continue;
-      unsigned char* const to = slot + place(line(pass), vector());
-      if (whole || lines[pass] == nullptr || at >= k) {
-        const bool valid = lines[pass] != nullptr && at < k;
-        ptx::cp_async_16(ptx::smem_address(to), valid ? lines[pass] + at : nullptr, valid);
-      } else {
-        alignas(16) T values[kVector];
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) values[i] = at + i < k ? lines[pass][at + i] : T{0};
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
-      }
+      copy_vector(slot + place(line(pass), vector()), lines[pass] + at, 1, lines[pass] ? k - at : 0,
+                  aligned);
     }
   }
 
-  // The fragment of rows line ... line + 15 of a, k step `step` (16 each).
-  __device__ static void load_a(uint32_t (&fragment)[4], const unsigned char* slot, int line,
-                                int step) {
-    const int lane = threadIdx.x % 32;
+  // A fragment of lines line ... line + 15 and k step `step` (16 each): of a, or two of b.
+  __device__ static void load(uint32_t (&fragment)[4], const unsigned char* slot, int line,
+                              int step, bool of_a) {
+    const FragmentPlace at = fragment_place(of_a);
     ptx::ldmatrix_x4(fragment,
-                     ptx::smem_address(slot + place(line + lane % 16, step * 2 + lane / 16)));
-  }
-
-  // The fragments of columns line ... line + 7 and line + 8 ... line + 15 of b.
-  __device__ static void load_b(uint32_t (&fragments)[4], const unsigned char* slot, int line,
-                                int step) {
-    const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4(fragments, ptx::smem_address(slot + place(line + lane / 16 * 8 + lane % 8,
-                                                               step * 2 + lane / 8 % 2)));
+                     ptx::smem_address(slot + place(line + at.line, step * 2 + at.vector)));
   }
 };
 
@@ -96,38 +105,20 @@ struct LineMajor {
   }
 
   __device__ void copy(unsigned char* slot, int64_t first_k) const {
-    const bool whole = aligned && count == kVector;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int depth = threadIdx.x / kVectors + pass * kPerPass;
       const int64_t at = first_k + depth;
-      unsigned char* const to = slot + place(depth, threadIdx.x % kVectors);
-      const bool valid = at < k && count > 0;
-      const T* const from = data + at * k_stride;
-      if (whole || !valid) {
-        ptx::cp_async_16(ptx::smem_address(to), valid ? from : nullptr, valid);
-      } else {
-        alignas(16) T values[kVector];
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) values[i] = i < count ? from[i * line_stride] : T{0};
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
-      }
+      copy_vector(slot + place(depth, threadIdx.x % kVectors), data + at * k_stride, line_stride,
+                  at < k ? count : 0, aligned);
     }
   }
 
-  __device__ static void load_a(uint32_t (&fragment)[4], const unsigned char* slot, int line,
-                                int step) {
-    const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4_trans(fragment,
-                           ptx::smem_address(slot + place(step * 16 + lane / 16 * 8 + lane % 8,
-                                                          line / kVector + lane / 8 % 2)));
-  }
-
-  __device__ static void load_b(uint32_t (&fragments)[4], const unsigned char* slot, int line,
-                                int step) {
-    const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4_trans(fragments, ptx::smem_address(slot + place(step * 16 + lane % 16,
-                                                                     line / kVector + lane / 16)));
+  __device__ static void load(uint32_t (&fragment)[4], const unsigned char* slot, int line,
+                              int step, bool of_a) {
+    const FragmentPlace at = fragment_place(!of_a);
+    ptx::ldmatrix_x4_trans(
+        fragment, ptx::smem_address(slot + place(step * 16 + at.line, line / kVector + at.vector)));
   }
 };
 
@@ -240,9 +231,9 @@ class MmaTile {
   __device__ void multiply_slot(const unsigned char* a_slot, const unsigned char* b_slot, int k16) {
     uint32_t a[kI][4], b[kJ / 2][4];
 #pragma unroll
-    for (int i = 0; i < kI; ++i) A::load_a(a[i], a_slot, warp_row() + i * 16, k16);
+    for (int i = 0; i < kI; ++i) A::load(a[i], a_slot, warp_row() + i * 16, k16, true);
 #pragma unroll
-    for (int j = 0; j < kJ / 2; ++j) B::load_b(b[j], b_slot, warp_col() + j * 16, k16);
+    for (int j = 0; j < kJ / 2; ++j) B::load(b[j], b_slot, warp_col() + j * 16, k16, false);
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
 #pragma unroll

@@ -1,9 +1,8 @@
 // The experts' row tiles from their offsets, by one block: no host ever learns the routing.
 //
 // Schedule: a thread takes an expert. Two scans over the block, of the offsets' running maximum and
-// of the experts' numbers of tiles, then every thread writes tiles: it finds a tile's expert by
-// bisection, so that one expert with all the rows takes no longer. More experts than threads come
-// in windows, one after another.
+// of the experts' numbers of tiles, then a warp takes an expert and writes its tiles, a lane each.
+// More experts than threads come in windows, one after another.
 #pragma once
 
 #include "block_scan.cuh"
@@ -55,19 +54,12 @@ __device__ __forceinline__ void lay_row_tiles(const int32_t* offsets, int64_t ex
     s.begin[thread] = begin;
     s.tiles_before[thread] = block_scan(count, Sum(), s.warp_totals, window_tiles) - count;
     __syncthreads();
-    for (int tile = thread; tile < window_tiles; tile += kThreads) {
-      int low = 0, high = kThreads;  // The last expert with tiles_before[low] <= tile.
-      while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (s.tiles_before[middle] <= tile) {
-          low = middle;
-        } else {
-          high = middle;
-        }
+    for (int e = thread / 32; e < kThreads && first + e < experts; e += kThreads / 32) {
+      const int rows_of_e = s.end[e] - s.begin[e];
+      for (int tile = thread % 32; tile * int64_t{height} < rows_of_e; tile += 32) {
+        tiles.data()[tiles_before + s.tiles_before[e] + tile] =
+            row_tile_of(tiles, static_cast<int>(first + e), s.begin[e], rows_of_e, tile);
       }
-      tiles.data()[tiles_before + tile] =
-          row_tile_of(tiles, static_cast<int>(first + low), s.begin[low], s.end[low] - s.begin[low],
-                      tile - s.tiles_before[low]);
     }
     reached = Max()(reached, window_end);
     tiles_before += window_tiles;

@@ -14,7 +14,7 @@
 #include "block_scan.cuh"
 #include "device.h"
 #include "floats.cuh"
-#include "launch.cuh"
+#include "launch.h"
 #include "primitives.h"
 #include "row_tiles.cuh"
 
@@ -169,22 +169,28 @@ struct Counts {
   int64_t stride;
 };
 
+// A warp takes a chunk: kScatter is false, then true.
+template <bool kScatter>
 __global__ void __launch_bounds__(32 * kWarpsAtOnce)
-    count_kernel(const SortByExpert p, Chunks chunks, bool in_smem) {
+    chunk_kernel(const SortByExpert p, Chunks chunks, bool in_smem) {
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
   const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (chunk >= chunks.count) return;
   const int64_t bins = p.ids.experts + 1, end = end_of_chunk(p, chunks, chunk);
   const Counts counts(p, chunks, chunk, in_smem);
-  for (int64_t bin = lane; bin < bins; bin += 32) counts(bin) = 0;
-  __syncwarp();
-  for (int64_t first = chunk * chunks.length; first < end; first += kBatch) {
-    Slots(p, first, end).add_to(counts);
+  for (int64_t bin = lane; bin < bins; bin += 32) {
+    counts(bin) = kScatter ? counts.global(bin) + p.expert_offsets[bin] : 0;
   }
   __syncwarp();
-  if (!in_smem) return;
-  for (int64_t bin = lane; bin < bins; bin += 32) counts.global(bin) = counts(bin);
+  for (int64_t first = chunk * chunks.length; first < end; first += kBatch) {
+    const Slots slots(p, first, end);
+    kScatter ? slots.scatter(p, first, end, counts) : slots.add_to(counts);
+  }
+  __syncwarp();
+  if constexpr (!kScatter) {
+    for (int64_t bin = lane; in_smem && bin < bins; bin += 32) counts.global(bin) = counts(bin);
+  }
 }
 
 // A warp takes a bin: its counts become the places of the chunks within it.
@@ -229,23 +235,6 @@ __global__ void __launch_bounds__(kBlock) sum_kernel(const SortByExpert p, Chunk
                         *reinterpret_cast<RowTilesStorage<kBlock>*>(totals));
 }
 
-__global__ void __launch_bounds__(32 * kWarpsAtOnce)
-    scatter_kernel(const SortByExpert p, Chunks chunks, bool in_smem) {
-  ptx::wait_for_earlier_kernels();
-  ptx::let_next_kernel_start();
-  const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (chunk >= chunks.count) return;
-  const int64_t bins = p.ids.experts + 1, end = end_of_chunk(p, chunks, chunk);
-  const Counts counts(p, chunks, chunk, in_smem);
-  for (int64_t bin = lane; bin < bins; bin += 32) {
-    counts(bin) = counts.global(bin) + p.expert_offsets[bin];
-  }
-  __syncwarp();
-  for (int64_t first = chunk * chunks.length; first < end; first += kBatch) {
-    Slots(p, first, end).scatter(p, first, end, counts);
-  }
-}
-
 Chunks cut(int64_t slots, int64_t max_chunks) {
   const int64_t warps = (slots + 31) / 32;
   const int64_t count = warps < 1 ? 1 : (warps < max_chunks ? warps : max_chunks);
@@ -284,11 +273,11 @@ void sort_by_expert(const SortByExpert& p, cudaStream_t stream) {
   const int blocks = (chunks.count + kWarpsAtOnce - 1) / kWarpsAtOnce;
   const size_t smem = sizeof(int32_t) * kWarpsAtOnce * static_cast<size_t>(p.ids.experts + 1);
   const bool in_smem = smem <= 48 << 10 && smem <= device_info().smem_per_block;
-  launch<Start::kEarly>(count_kernel, blocks, 32 * kWarpsAtOnce, in_smem ? smem : 0, stream, p,
-                        chunks, in_smem);
+  launch<Start::kEarly>(chunk_kernel<false>, blocks, 32 * kWarpsAtOnce, in_smem ? smem : 0, stream,
+                        p, chunks, in_smem);
   launch<Start::kEarly>(sum_kernel, 1, kBlock, sizeof(RowTilesStorage<kBlock>), stream, p, chunks);
-  launch<Start::kEarly>(scatter_kernel, blocks, 32 * kWarpsAtOnce, in_smem ? smem : 0, stream, p,
-                        chunks, in_smem);
+  launch<Start::kEarly>(chunk_kernel<true>, blocks, 32 * kWarpsAtOnce, in_smem ? smem : 0, stream,
+                        p, chunks, in_smem);
 }
 
 }  // namespace simple_moe::cuda

@@ -7,7 +7,7 @@
 #include "activation.h"
 #include "device.h"
 #include "floats.cuh"
-#include "launch.cuh"
+#include "launch.h"
 #include "primitives.h"
 
 namespace simple_moe::cuda {

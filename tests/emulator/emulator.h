@@ -1,10 +1,10 @@
-// Stands in for CUDA and for csrc/cuda/{ptx,launch}.cuh when g++ compiles the kernels for the CPU:
-// included by force before anything else. What each wrapper does is the PTX ISA's word; fibers.h
-// has the threads that they run on.
+// Stands in for CUDA and for csrc/cuda/{ptx.cuh,launch.h} when g++ compiles the kernels for the
+// CPU: included by force before anything else. What each wrapper does is the PTX ISA's word;
+// fibers.h has the threads that they run on.
 #pragma once
 
 #define SIMPLE_MOE_PTX_CUH
-#define SIMPLE_MOE_LAUNCH_CUH
+#define SIMPLE_MOE_LAUNCH_H
 
 #include <algorithm>
 #include <bit>
@@ -354,7 +354,7 @@ inline void let_next_kernel_start() {}
 
 }  // namespace ptx
 
-// ---- launch.cuh ----
+// ---- launch.h ----
 
 inline void cuda_check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(what);

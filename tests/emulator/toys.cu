@@ -2,7 +2,7 @@
 
 #include "cuda/block_scan.cuh"
 #include "cuda/items.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/launch.h"
 #include "cuda/ptx.cuh"
 #include "cuda/row_tiles.cuh"
 

@@ -1,7 +1,7 @@
 // The one function every kernel launch goes through.
 // tests/emulator replaces this header (it defines the guard first).
-#ifndef SIMPLE_MOE_LAUNCH_CUH
-#define SIMPLE_MOE_LAUNCH_CUH
+#ifndef SIMPLE_MOE_LAUNCH_H
+#define SIMPLE_MOE_LAUNCH_H
 
 #include <cuda_runtime.h>
 
@@ -42,4 +42,4 @@ void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem_byte
 
 }  // namespace simple_moe
 
-#endif  // SIMPLE_MOE_LAUNCH_CUH
+#endif  // SIMPLE_MOE_LAUNCH_H
