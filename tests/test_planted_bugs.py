@@ -114,8 +114,7 @@ PLANTED = {
         SORT, "p.expert_offsets[b] = begin[b];", "if (b < p.ids.experts) p.expert_offsets[b] = begin[b];",
         properties.test_sort_by_expert),
     "slots of others not sorted": (
-        SORT, "if (p.weighted_slots) p.weighted_slots",
-        "if (p.weighted_slots && bin[i] < p.ids.experts) p.weighted_slots",
+        SORT, "if (p.weighted_slots) {", "if (p.weighted_slots && bin[i] < p.ids.experts) {",
         properties.test_sort_by_expert),
     "rows not scattered": (
         EPILOGUE, "if (p.scatter) return p.scatter[row];", "", whole_vectors),

@@ -1,5 +1,6 @@
 #include "device.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cstdlib>
 #include <map>
@@ -60,7 +61,9 @@ DeviceInfo ask(int device) {
       .minor = attribute(cudaDevAttrComputeCapabilityMinor, device),
       .early_launch = false,
   };
-  info.early_launch = info.major >= 9 && compiled_for() >= 90;
+  const int version = compiled_for();
+  info.early_launch = info.major >= 9 && version >= 90;
+  info.smem_per_block = std::min<size_t>(info.smem_per_block, most_smem(version));
   if (const char* text = std::getenv("SIMPLE_MOE_TEST_DEVICE")) override_with(text, info);
   return info;
 }

@@ -3,17 +3,27 @@
 
 #include <cstddef>
 
+#include "params.h"
+
 namespace simple_moe {
 
 struct DeviceInfo {
   int sm_count;
-  size_t smem_per_block;  // the most that one block may opt in to
+  size_t smem_per_block;  // the most that one block may have
   size_t smem_per_sm;
   int major, minor;  // compute capability
   // Whether a kernel may start before those before it are done (programmatic dependent launch):
   // needs SM90, and code that was compiled for it (PTX for SM80 has no instruction to wait).
   bool early_launch;
 };
+
+// The most shared memory that a block may have where code runs that was compiled for that PTX
+// version (80, 86, ...): of all GPUs that it runs on by its nature, the least.
+SIMPLE_MOE_HOST_DEVICE constexpr int most_smem(int ptx_version) {
+  const bool small =
+      (ptx_version > 80 && ptx_version < 90 && ptx_version != 87) || ptx_version >= 120;
+  return (small ? 99 : ptx_version < 90 ? 163 : 227) << 10;
+}
 
 // The PTX version that the kernels running here were compiled for: 80 where the driver made them
 // from PTX for SM80, on whatever GPU.

@@ -62,10 +62,6 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns) {
-  return plan_row_tiles(rows, experts, columns, device_info());
-}
-
 void row_tiles(const GroupedGemm& p, cudaStream_t stream) {
   launch<Start::kEarly>(row_tiles_kernel, 1, kRowTilesThreads,
                         sizeof(RowTilesStorage<kRowTilesThreads>), stream, p);

@@ -90,8 +90,7 @@ __device__ __forceinline__ void multiply_item(int steps, int live, WarpTile<T, S
 }
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
-    grouped_gemm_kernel(const GroupedGemm p) {
+__device__ __forceinline__ void multiply_items(const GroupedGemm& p) {
   if (!p.only_a_is_new) ptx::wait_for_earlier_kernels();
   unsigned char* const smem = ptx::dynamic_smem();
   const uint32_t ring = ptx::keep(ptx::smem_address(smem));
@@ -148,6 +147,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       }
     }
   }
+}
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+    grouped_gemm_kernel(const GroupedGemm p) {
+#ifdef __CUDA_ARCH__
+  // The compiler's time is not spent where this is never launched.
+  if constexpr (Shape::kBytes > most_smem(__CUDA_ARCH__ / 10)) return;
+#endif
+  multiply_items<T, Shape>(p);
 }
 
 template <typename T, GemmTile kShape>

@@ -125,27 +125,22 @@ void launch_tiles(Kernel kernel, const GroupedGemmWgrad& p, int threads, cudaStr
          stream, p, args...);
 }
 
-template <typename T>
-void launch_mma(const GroupedGemmWgrad& p, cudaStream_t stream) {
-  launch_tiles<Shape16>(grouped_gemm_wgrad_kernel<T>, p, kMmaThreads, stream,
-                        rows_are_aligned(p.a, p.a_stride, p.dtype),
-                        rows_are_aligned(p.b, p.b_stride, p.dtype),
-                        rows_are_aligned(p.out, p.n, p.out_dtype));
-}
-
 }  // namespace
 
 void grouped_gemm_wgrad(const GroupedGemmWgrad& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return;
-  switch (p.dtype) {
-    case DType::kFloat16:
-      return launch_mma<f16>(p, stream);
-    case DType::kBFloat16:
-      return launch_mma<bf16>(p, stream);
-    case DType::kFloat32:
-      return launch_tiles<SimtShape>(grouped_gemm_wgrad_f32_kernel, p, SimtShape::kThreads, stream,
-                                     rows_are_aligned(p.out, p.n, p.out_dtype));
-  }
+  const bool out_aligned = rows_are_aligned(p.out, p.n, p.out_dtype);
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (std::is_same_v<T, float>) {
+      launch_tiles<SimtShape>(grouped_gemm_wgrad_f32_kernel, p, SimtShape::kThreads, stream,
+                              out_aligned);
+    } else {
+      launch_tiles<Shape16>(grouped_gemm_wgrad_kernel<T>, p, kMmaThreads, stream,
+                            rows_are_aligned(p.a, p.a_stride, p.dtype),
+                            rows_are_aligned(p.b, p.b_stride, p.dtype), out_aligned);
+    }
+  });
 }
 
 }  // namespace simple_moe::cuda

@@ -1,7 +1,9 @@
-// What shapes.h would choose, for people to ask without a GPU: benchmarks/picks.py.
+// shapes.h's choices: the row tiles' on the current device, and all for people to ask without a GPU
+// (benchmarks/picks.py).
 #include <sstream>
 #include <string>
 
+#include "primitives.h"
 #include "shapes.h"
 
 namespace simple_moe::cuda {
@@ -17,6 +19,11 @@ void describe(std::ostream& text, const RowTiles& tiles, const ProductSize& size
 }
 
 }  // namespace
+
+RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns) {
+  return plan_row_tiles(rows, experts, columns, device_info());
+}
+
 }  // namespace simple_moe::cuda
 
 // Of a layer on a GPU of so many multiprocessors and so much shared memory a block: a JSON list of

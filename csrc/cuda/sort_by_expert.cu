@@ -72,9 +72,12 @@ struct Slots {
       const int rank = __popc(peers & ((1u << threadIdx.x % 32) - 1));
       if (bin[i] >= 0) {
         const int place = place_of(bin[i]) + rank;
-        const auto number = static_cast<int32_t>(slot);
-        if (p.sorted_slots) p.sorted_slots[place] = number;
-        if (p.weighted_slots) p.weighted_slots[place] = {number, number / p.topk, weight[i]};
+        const auto number = static_cast<uint32_t>(slot);
+        if (p.sorted_slots) p.sorted_slots[place] = static_cast<int32_t>(number);
+        if (p.weighted_slots) {  // In one store.
+          reinterpret_cast<uint4*>(p.weighted_slots)[place] = {number, number / p.topk,
+                                                               __float_as_uint(weight[i]), 0};
+        }
       }
       __syncwarp();  // all have read the place
       if (bin[i] >= 0 && rank == 0) place_of(bin[i]) += __popc(peers);
