@@ -104,6 +104,18 @@ def test_toy_scan(emulator):
     assert torch.equal(twice(emulator.toy_scan, x), x.cumsum(0).int())
 
 
+@examples(60)
+@given(st.integers(1, 300) | st.integers(1, 2**31 - 1), SEEDS)
+def test_toy_divide(emulator, divisor, seed):
+    """Where the quotient changes, and anywhere."""
+    random = Random(seed)
+    quotients = torch.randint((2**31 - 1) // divisor + 1, (300,), generator=random.generator)
+    x = torch.cat([quotients * divisor, quotients * divisor + divisor - 1,
+                   torch.randint(2**31, (300,), generator=random.generator)])  # fmt: skip
+    x = x.clamp(max=2**31 - 1).int()
+    assert torch.equal(emulator.toy_divide(x, divisor), x // divisor)
+
+
 @examples(25)
 @given(st.sampled_from([1, 8, 600]), st.integers(0, 120), st.integers(1, 3),
        st.sampled_from([1, 2, 16]), OFFSETS, SEEDS, MACHINES)  # fmt: skip

@@ -12,6 +12,7 @@ MMA = "csrc/cuda/mma_tile.cuh"
 GEMM, ANY = "csrc/cuda/grouped_gemm.cuh", "csrc/cuda/grouped_gemm_any.cuh"
 SHAPE, COPIER, WARP = (f"csrc/cuda/{x}.cuh" for x in ("gemm_shape", "copier", "warp_tile"))
 SCAN, TILES = "csrc/cuda/block_scan.cuh", "csrc/cuda/row_tiles.cuh"
+SHAPES = "csrc/cuda/shapes.h"
 ITEMS, EPILOGUE = "csrc/cuda/items.cuh", "csrc/cuda/epilogue.cuh"
 
 
@@ -47,7 +48,10 @@ PLANTED = {
         "(block_scan(offset, Max(), s.warp_totals, window_end), offset)",
         properties.test_toy_tiles),
     "window not waited for": (
-        TILES, "__syncthreads();\n    for (int e", "for (int e", properties.test_toy_tiles),
+        TILES, "__syncthreads();\n    const int begin", "const int begin",
+        properties.test_toy_tiles),
+    "a division that rounds up": (
+        SHAPES, "+ value - 1) / value)", "+ 2 * value) / value)", properties.test_toy_divide),
     "last row of a tile forgotten": (
         ITEMS, "left < p_.row_tiles.height ? left :", "left < p_.row_tiles.height ? left - 1 :",
         properties.test_toy_tiles),

@@ -55,6 +55,6 @@ __device__ __forceinline__ int64_t row_of_line(const GroupedGemm& p, const Item&
 }
 
 template <typename Shape>
-using Queue = ItemQueue<Shape::kCols, Shape::kQueue>;
+using Queue = ItemQueue<Shape::kQueue>;
 
 }  // namespace simple_moe::cuda

@@ -90,13 +90,13 @@ __device__ __forceinline__ void multiply_item(int steps, int live, WarpTile<T, S
 }
 
 template <typename T, typename Shape>
-__device__ __forceinline__ void multiply_items(const GroupedGemm& p) {
+__device__ __forceinline__ void multiply_items(const GroupedGemm& p, const Divisor& column_tiles) {
   if (!p.only_a_is_new) ptx::wait_for_earlier_kernels();
   unsigned char* const smem = ptx::dynamic_smem();
   const uint32_t ring = ptx::keep(ptx::smem_address(smem));
   unsigned char* const staged = smem + Shape::kStagedAt + threadIdx.x / 32 * Shape::kStagedBytes;
   const int steps = static_cast<int>((p.k + Shape::kDepth - 1) / Shape::kDepth);
-  Queue<Shape> queue(p, reinterpret_cast<Item*>(smem + Shape::kQueueAt));
+  Queue<Shape> queue(p, column_tiles, reinterpret_cast<Item*>(smem + Shape::kQueueAt));
   __syncthreads();
   Copier<Shape> copier(p, queue);
   // Weights that are copied first: as many as there is time for until `a` has been written, or its
@@ -151,23 +151,23 @@ __device__ __forceinline__ void multiply_items(const GroupedGemm& p) {
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
-    grouped_gemm_kernel(const GroupedGemm p) {
+    grouped_gemm_kernel(const GroupedGemm p, const Divisor column_tiles) {
 #ifdef __CUDA_ARCH__
   // The compiler's time is not spent where this is never launched.
   if constexpr (Shape::kBytes > most_smem(__CUDA_ARCH__ / 10)) return;
 #endif
-  multiply_items<T, Shape>(p);
+  multiply_items<T, Shape>(p, column_tiles);
 }
 
 template <typename T, GemmTile kShape>
 void launch_one(const GroupedGemm& p, cudaStream_t stream) {
   const DeviceInfo& device = device_info();
-  const int64_t items =
-      p.row_tiles.most * column_tiles(p.n, is_gated(p.activation.kind), kShape.cols);
+  const int64_t columns = column_tiles(p.n, is_gated(p.activation.kind), kShape.cols);
+  const int64_t items = p.row_tiles.most * columns;
   const int64_t resident = device.sm_count * resident_blocks(kShape, device);
   launch<Start::kEarly>(grouped_gemm_kernel<T, GemmShape<kShape>>,
                         items < resident ? items : resident, 32 * kShape.warps(), kShape.bytes(),
-                        stream, p);
+                        stream, p, Divisor(columns));
 }
 
 template <typename T, int... kNumbers>

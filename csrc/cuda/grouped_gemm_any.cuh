@@ -49,13 +49,13 @@ __device__ __forceinline__ float bias_of(const GroupedGemm& p, const Item& item,
 // bias, as the kernel for whole vectors does, so that a layer's bits don't depend on which of the
 // two a call gets.
 template <typename Product, typename Multiply>
-__device__ __forceinline__ void for_each_item(const GroupedGemm& p, bool out_aligned,
-                                              const Multiply& multiply) {
+__device__ __forceinline__ void for_each_item(const GroupedGemm& p, const Divisor& column_tiles,
+                                              bool out_aligned, const Multiply& multiply) {
   using Shape = typename Product::Shape;
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
   unsigned char* const smem = ptx::dynamic_smem();
-  const Items<Shape::kCols> items(p);
+  const Items items(p, column_tiles);
   int done = 0;  // rows of the item
   for (unsigned number = blockIdx.x;;) {
     Item item = items.find(number, items.look(number));
@@ -87,9 +87,9 @@ __device__ __forceinline__ void for_each_item(const GroupedGemm& p, bool out_ali
 // `kLineMajorB`: b's rows are contiguous along n, not along k (a transposed view).
 template <typename T, typename Shape, bool kLineMajorB>
 __global__ void __launch_bounds__(kMmaThreads, 2)
-    grouped_gemm_any_kernel(const GroupedGemm p, Alignment aligned) {
+    grouped_gemm_any_kernel(const GroupedGemm p, const Divisor column_tiles, Alignment aligned) {
   for_each_item<MmaTile<T, Shape>>(
-      p, aligned.out, [&](auto& product, const Item& item, unsigned char* smem) {
+      p, column_tiles, aligned.out, [&](auto& product, const Item& item, unsigned char* smem) {
         if (p.bias.data) {
           product.begin([&](int column) { return bias_of<Shape::kCols>(p, item, column); });
         }
@@ -135,8 +135,8 @@ void launch_any(Kernel kernel, const GroupedGemm& p, int threads, cudaStream_t s
   const DeviceInfo& device = device_info();
   const int64_t blocks_per_sm = static_cast<int64_t>(device.smem_per_sm / (Shape::kBytes + 1024));
   const int64_t resident = device.sm_count * (blocks_per_sm < 1 ? 1 : blocks_per_sm);
-  const int64_t items =
-      p.row_tiles.most * column_tiles(p.n, is_gated(p.activation.kind), Shape::kCols);
+  const int64_t columns = column_tiles(p.n, is_gated(p.activation.kind), Shape::kCols);
+  const int64_t items = p.row_tiles.most * columns;
   const bool line_major = p.b_col_stride != 1;
   bool b_aligned = rows_are_aligned(p.b, p.b_expert_stride, p.dtype) &&
                    rows_are_aligned(p.b, line_major ? p.b_col_stride : p.b_row_stride, p.dtype);
@@ -146,7 +146,7 @@ void launch_any(Kernel kernel, const GroupedGemm& p, int threads, cudaStream_t s
   const Alignment aligned{rows_are_aligned(p.a, p.a_stride, p.dtype), b_aligned,
                           rows_are_aligned(p.out, p.out_stride, p.out_dtype)};
   launch<Start::kEarly>(kernel, items < resident ? items : resident, threads, Shape::kBytes, stream,
-                        p, aligned);
+                        p, Divisor(columns), aligned);
 }
 
 template <typename T, bool kLineMajorB>

@@ -5,9 +5,9 @@
 namespace simple_moe::cuda {
 
 __global__ void __launch_bounds__(SimtShape::kThreads)
-    grouped_gemm_f32_kernel(const GroupedGemm p, Alignment aligned) {
+    grouped_gemm_f32_kernel(const GroupedGemm p, const Divisor column_tiles, Alignment aligned) {
   for_each_item<SimtTile>(
-      p, aligned.out, [&](SimtTile& product, const Item& item, unsigned char* smem) {
+      p, column_tiles, aligned.out, [&](SimtTile& product, const Item& item, unsigned char* smem) {
         const float* const rows = static_cast<const float*>(p.a);
         const float* const weights =
             static_cast<const float*>(p.b) + item.expert * p.b_expert_stride;

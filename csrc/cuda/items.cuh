@@ -4,6 +4,7 @@
 
 #include "params.h"
 #include "ptx.cuh"
+#include "shapes.h"
 
 namespace simple_moe::cuda {
 
@@ -13,22 +14,22 @@ struct alignas(16) Item {
   int expert, row_begin, row_count, column_tile;
 };
 
-// The items of kCols columns by their number: in sweeps over the columns of a group of row tiles,
-// so that whatever neighbouring items share, rows or columns, is in L2.
-template <int kCols>
+// The items by their number: in sweeps over the columns of a group of row tiles, so that whatever
+// neighbouring items share, rows or columns, is in L2.
 class Items {
  public:
   // Where only `a` is new this comes before the kernel waits: the row tiles' writer was waited for
   // by the kernel before, which nothing here has read them ahead of.
-  __device__ explicit Items(const GroupedGemm& p)
+  __device__ Items(const GroupedGemm& p, const Divisor& column_tiles)
       : p_(p),
+        column_tiles_(column_tiles),
         count_((p.row_tiles.head ? p.row_tiles.head->count : static_cast<unsigned>(p.rows)) *
-               column_tiles()) {}
+               column_tiles.value) {}
 
   // An item's group, from memory; the item, from that.
   __device__ RowTile look(unsigned number) const {
     if (number >= count_) return {};
-    const unsigned tile = number / column_tiles();
+    const unsigned tile = column_tiles_.divide(number);
     if (p_.row_tiles.head) return p_.row_tiles.data()[tile];
     const auto expert = static_cast<int32_t>(local_expert(p_.row_tiles.ids, tile));
     const int rows = expert < p_.experts ? 1 : -1;
@@ -36,8 +37,8 @@ class Items {
   }
   __device__ Item find(unsigned number, const RowTile& group) const {
     if (number >= count_) return {};
-    const unsigned first = number / column_tiles() - group.place;
-    const unsigned in_group = number - first * column_tiles();
+    const unsigned first = column_tiles_.divide(number) - group.place;
+    const unsigned in_group = number - first * column_tiles_.value;
     // Most groups are of one tile where tokens are few: nothing waits for a division then.
     unsigned place = 0, column_tile = in_group;
     if (group.tiles > 1) {
@@ -51,12 +52,8 @@ class Items {
   }
 
  private:
-  __device__ unsigned column_tiles() const {
-    const unsigned width = is_gated(p_.activation.kind) ? kCols / 2 : kCols;
-    return (static_cast<unsigned>(p_.n) + width - 1) / width;
-  }
-
   const GroupedGemm& p_;
+  const Divisor& column_tiles_;
   unsigned count_;
 };
 
@@ -69,12 +66,12 @@ class Items {
 //
 // An item takes two trips to memory: it is claimed, and looked up. Each is made while an earlier
 // item is copied.
-template <int kCols, int kSlots>
+template <int kSlots>
 class ItemQueue {
  public:
   // All threads. queue[0] is there after the block's next barrier.
-  __device__ ItemQueue(const GroupedGemm& p, Item* queue)
-      : p_(p), items_(p), queue_(queue), next_(given(1)), claimed_(given(2)) {
+  __device__ ItemQueue(const GroupedGemm& p, const Divisor& column_tiles, Item* queue)
+      : p_(p), items_(p, column_tiles), queue_(queue), next_(given(1)), claimed_(given(2)) {
     if (threadIdx.x != 0) return;
     const RowTile first = items_.look(given(0));
     looked_ = items_.look(next_);
@@ -100,7 +97,7 @@ class ItemQueue {
   __device__ static unsigned given(unsigned number) { return blockIdx.x + number * gridDim.x; }
 
   const GroupedGemm& p_;
-  Items<kCols> items_;
+  Items items_;
   Item* queue_;
   unsigned next_, claimed_;  // after the one in the queue, and after that
   RowTile looked_{};         // of next_; not needed before the next begin()

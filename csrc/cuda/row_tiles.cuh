@@ -1,8 +1,8 @@
 // The experts' row tiles from their offsets, by one block: no host ever learns the routing.
 //
 // Schedule: a thread takes an expert. Two scans over the block, of the offsets' running maximum and
-// of the experts' numbers of tiles, then a warp takes an expert and writes its tiles, a lane each.
-// More experts than threads come in windows, one after another.
+// of the experts' numbers of tiles, then every thread writes its expert's. More experts than
+// threads come in windows, one after another.
 #pragma once
 
 #include "block_scan.cuh"
@@ -10,22 +10,26 @@
 
 namespace simple_moe {
 
-// Tile `number` of an expert with so many rows. Its tiles are cut into groups as equal as can be.
-__device__ __forceinline__ RowTile row_tile_of(const RowTiles& tiles, int expert, int begin,
-                                               int rows, int number) {
-  const int count = (rows + tiles.height - 1) / tiles.height;
+// Writes the tiles of an expert with so many rows, in groups as equal as can be. By one thread: a
+// tile takes a few cycles here, and thousands in the products.
+__device__ __forceinline__ void write_row_tiles(const RowTiles& tiles, int expert, int begin,
+                                                int rows, RowTile* to) {
+  const int count = rows / tiles.height + (rows % tiles.height != 0);
   const int groups = (count + tiles.group - 1) / tiles.group;
-  const int most = (count + groups - 1) / groups, place = number % most, first = number - place;
-  const int in_group = count - first < most ? count - first : most;
-  const int left = rows - first * tiles.height, all = in_group * tiles.height;
-  return {expert, begin + first * tiles.height, left < all ? left : all,
-          static_cast<uint16_t>(place), static_cast<uint16_t>(in_group)};
+  const int most = groups > 1 ? (count + groups - 1) / groups : count;
+  for (int first = 0; first < count; first += most) {
+    const int in_group = count - first < most ? count - first : most;
+    const int left = rows - first * tiles.height, all = in_group * tiles.height;
+    for (int place = 0; place < in_group; ++place) {
+      to[first + place] = {expert, begin + first * tiles.height, left < all ? left : all,
+                           static_cast<uint16_t>(place), static_cast<uint16_t>(in_group)};
+    }
+  }
 }
 
 template <int kThreads>
 struct RowTilesStorage {
-  int begin[kThreads], end[kThreads];  // rows of an expert of this window
-  int tiles_before[kThreads];          // in this window
+  int end[kThreads];  // of an expert of this window
   int warp_totals[kThreads / 32];
 };
 
@@ -51,16 +55,9 @@ __device__ __forceinline__ void lay_row_tiles(const int32_t* offsets, int64_t ex
     const int begin = thread == 0 ? reached : s.end[thread - 1];
     const int rows_here = end - begin;
     const int count = rows_here / height + (rows_here % height != 0);
-    s.begin[thread] = begin;
-    s.tiles_before[thread] = block_scan(count, Sum(), s.warp_totals, window_tiles) - count;
-    __syncthreads();
-    for (int e = thread / 32; e < kThreads && first + e < experts; e += kThreads / 32) {
-      const int rows_of_e = s.end[e] - s.begin[e];
-      for (int tile = thread % 32; tile * int64_t{height} < rows_of_e; tile += 32) {
-        tiles.data()[tiles_before + s.tiles_before[e] + tile] =
-            row_tile_of(tiles, static_cast<int>(first + e), s.begin[e], rows_of_e, tile);
-      }
-    }
+    const int before = block_scan(count, Sum(), s.warp_totals, window_tiles) - count;
+    write_row_tiles(tiles, static_cast<int>(expert), begin, rows_here,
+                    tiles.data() + tiles_before + before);
     reached = Max()(reached, window_end);
     tiles_before += window_tiles;
   }

@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chun
     if (b < bins) begin[b] = upto & ((1 << kHalf) - 1);
     if (b < bins && blockIdx.x == 0) {
       p.expert_offsets[b] = begin[b];
-      for (int t = 0; t < tiles; ++t) {
-        p.row_tiles.data()[(upto >> kHalf) + t] = row_tile_of(p.row_tiles, b, begin[b], in_bin, t);
+      if (tiles > 0) {
+        write_row_tiles(p.row_tiles, b, begin[b], in_bin, p.row_tiles.data() + (upto >> kHalf));
       }
     }
     before += of_round;
@@ -206,6 +206,7 @@ __device__ __forceinline__ int sum_bin(int32_t* counts, int chunks) {
   }
 #pragma unroll
   for (int i = 0; i < kMaxChunks / 32; ++i) {
+    if (32 * i >= chunks) break;
     const int upto = warp_scan(here[i], Sum());
     if (32 * i + lane < chunks) counts[32 * i + lane] = in_bin + upto - here[i];
     in_bin += __shfl_sync(kAll, upto, 31);
@@ -238,10 +239,18 @@ __global__ void __launch_bounds__(kBlock) sum_kernel(const SortByExpert p, Chunk
                         *reinterpret_cast<RowTilesStorage<kBlock>*>(totals));
 }
 
-Chunks cut(int64_t slots, int64_t max_chunks) {
-  const int64_t warps = (slots + 31) / 32;
-  const int64_t count = warps < 1 ? 1 : (warps < max_chunks ? warps : max_chunks);
+// So many that each has `least` slots, but for the last.
+Chunks cut(int64_t slots, int64_t least, int64_t max_chunks) {
+  const int64_t all = (slots + least - 1) / least;
+  const int64_t count = all < 1 ? 1 : (all < max_chunks ? all : max_chunks);
   return {static_cast<int>(count), ((slots + count - 1) / count + 31) / 32 * 32};
+}
+
+Chunks cut_few(int64_t slots) { return cut(slots, 32, kMaxWarps); }
+
+// Besides its slots a chunk costs a count of each expert's.
+Chunks cut_many(int64_t slots, int64_t experts) {
+  return cut(slots, experts < kBatch ? kBatch : experts, kMaxChunks);
 }
 
 // Of the one block.
@@ -251,18 +260,18 @@ size_t sort_smem(Chunks chunks, int64_t experts) {
 
 bool fits_one_kernel(int64_t slots, int64_t experts) {
   return slots <= kOneKernelSlots &&
-         sort_smem(cut(slots, kMaxWarps), experts) <= device_info().smem_per_block;
+         sort_smem(cut_few(slots), experts) <= device_info().smem_per_block;
 }
 
 }  // namespace
 
 int64_t sort_by_expert_counts(int64_t slots, int64_t experts) {
-  return fits_one_kernel(slots, experts) ? 0 : cut(slots, kMaxChunks).count * (experts + 1);
+  return fits_one_kernel(slots, experts) ? 0 : cut_many(slots, experts).count * (experts + 1);
 }
 
 void sort_by_expert(const SortByExpert& p, cudaStream_t stream) {
   if (fits_one_kernel(p.slots, p.ids.experts)) {
-    const Chunks chunks = cut(p.slots, kMaxWarps);
+    const Chunks chunks = cut_few(p.slots);
     // A warp a chunk, and a thread a bin as far as there are threads.
     const int64_t warps_of_bins = (p.ids.experts + 32) / 32;
     const int64_t warps = chunks.count > warps_of_bins ? chunks.count : warps_of_bins;
@@ -272,7 +281,7 @@ void sort_by_expert(const SortByExpert& p, cudaStream_t stream) {
                           sort_smem(chunks, p.ids.experts), stream, p, chunks);
     return;
   }
-  const Chunks chunks = cut(p.slots, kMaxChunks);
+  const Chunks chunks = cut_many(p.slots, p.ids.experts);
   const int blocks = (chunks.count + kWarpsAtOnce - 1) / kWarpsAtOnce;
   const size_t smem = sizeof(int32_t) * kWarpsAtOnce * static_cast<size_t>(p.ids.experts + 1);
   const bool in_smem = smem <= 48 << 10 && smem <= device_info().smem_per_block;

@@ -283,6 +283,10 @@ class Emulator:
     def toy_scan(self, x, **machine):
         return self.run("toy_scan", dict(n=x.numel()), dict(x=x), dict(out=x), **machine)
 
+    def toy_divide(self, x, divisor, **machine):
+        return self.run("toy_divide", dict(n=x.numel(), divisor=divisor), dict(x=x), dict(out=x),
+                        **machine)  # fmt: skip
+
     def toy_tiles(self, expert_offsets, *, rows, column_tiles, group, **machine):
         """-1 where no tile lies."""
         experts = expert_offsets.numel() - 1

@@ -16,6 +16,7 @@
 #include <memory>
 
 #include "cuda/primitives.h"
+#include "cuda/shapes.h"
 #include "toys.h"
 
 namespace simple_moe {
@@ -150,7 +151,8 @@ void grouped_gemm(Request& r) {
   p.out = r.data("out");
   p.out_stride = r.scalar("out_stride");
   p.zero_other_rows = r.scalar("zero_other_rows");
-  if (p.rows > 0) p.row_tiles = cuda::plan_row_tiles(p.rows, p.experts, r.scalar("columns"));
+  if (p.rows > 0)
+    p.row_tiles = cuda::plan_row_tiles(p.rows, p.experts, r.scalar("columns"), device);
   if (r.data("topk_ids")) {
     p.row_tiles.ids = topk_ids(r);
   } else {
@@ -204,6 +206,10 @@ void toy_gemm(Request& r) {
 
 void toy_scan(Request& r) { toys::scan(r.data<int>("x"), r.data<int>("out"), r.scalar("n")); }
 
+void toy_divide(Request& r) {
+  toys::divide(r.data<int>("x"), r.data<int>("out"), r.scalar("n"), r.scalar("divisor"));
+}
+
 void toy_tiles(Request& r) {
   const int64_t experts = r.scalar("experts"), rows = r.scalar("rows");
   auto* const row_tiles =
@@ -216,7 +222,8 @@ const std::map<std::string, void (*)(Request&)> kOperators = {
     {"topk_route", topk_route},     {"sort_by_expert", sort_by_expert},
     {"grouped_gemm", grouped_gemm}, {"grouped_gemm_wgrad", grouped_gemm_wgrad},
     {"combine", combine},           {"toy_gemm", toy_gemm},
-    {"toy_scan", toy_scan},         {"toy_tiles", toy_tiles},
+    {"toy_scan", toy_scan},         {"toy_divide", toy_divide},
+    {"toy_tiles", toy_tiles},
 };
 
 void serve(const std::string& name, Request& r) {

@@ -79,15 +79,20 @@ __global__ void lay_kernel(const GroupedGemm p) {
                     *reinterpret_cast<Tiles*>(ptx::dynamic_smem()));
 }
 
-__global__ void tiles_kernel(const GroupedGemm p, int* out, int column_tiles) {
-  const cuda::Items<16> items(p);
+__global__ void tiles_kernel(const GroupedGemm p, int* out, const cuda::Divisor column_tiles) {
+  const cuda::Items items(p, column_tiles);
   for (unsigned number = blockIdx.x;; number += gridDim.x) {
     const cuda::Item item = items.find(number, items.look(number));
     if (item.row_count == 0) break;
     const int row = threadIdx.x;
     if (row < item.row_count)
-      out[(item.row_begin + row) * column_tiles + item.column_tile] = item.expert;
+      out[(item.row_begin + row) * column_tiles.value + item.column_tile] = item.expert;
   }
+}
+
+__global__ void divide_kernel(const int* x, int* out, int n, const cuda::Divisor divisor) {
+  const int i = threadIdx.x;
+  if (i < n) out[i] = static_cast<int>(divisor.divide(static_cast<unsigned>(x[i])));
 }
 
 }  // namespace
@@ -101,6 +106,10 @@ void scan(const int* x, int* out, int n) {
   launch(scan_kernel, 1, 1024, 32 * sizeof(int), nullptr, x, out, n);
 }
 
+void divide(const int* x, int* out, int n, int divisor) {
+  launch(divide_kernel, 1, 1024, 0, nullptr, x, out, n, cuda::Divisor(divisor));
+}
+
 void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows, int column_tiles,
            int group, RowTilesHead* row_tiles) {
   GroupedGemm p{};
@@ -112,7 +121,8 @@ void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows, i
   const int most = static_cast<int>(rows / kTileRows + experts);
   p.row_tiles = {kTileRows, group, most, row_tiles};
   launch(lay_kernel, 1, 64, sizeof(Tiles), nullptr, p);
-  launch(tiles_kernel, device_info().sm_count, kTileRows, 0, nullptr, p, out, column_tiles);
+  launch(tiles_kernel, device_info().sm_count, kTileRows, 0, nullptr, p, out,
+         cuda::Divisor(column_tiles));
 }
 
 }  // namespace simple_moe::toys

@@ -17,6 +17,9 @@ void gemm(const bf16* a, const bf16* b, float* out, int m, int n, int k, bool b_
 // The inclusive prefix sum of up to 1024 values.
 void scan(const int* x, int* out, int n);
 
+// x / divisor, of up to 1024 numbers below 2^31.
+void divide(const int* x, int* out, int n, int divisor);
+
 // out[row][column tile]: the expert whose tile it is. Other rows are left alone.
 // `row_tiles`: scratch, for rows / 16 + experts + 1 of them.
 void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows, int column_tiles,
