@@ -81,14 +81,16 @@ struct TopkIds {
   int64_t experts = 0, offset = 0;
 };
 
-// A slot's expert, numbered as those held here; `experts` where it isn't. Compared before the
-// subtraction, which might overflow.
-SIMPLE_MOE_HOST_DEVICE int64_t local_expert(const TopkIds& ids, int64_t slot) {
-  const int64_t id = ids.are_int64 ? static_cast<const int64_t*>(ids.data)[slot]
-                                   : static_cast<const int32_t*>(ids.data)[slot];
-  if (id < ids.offset) return ids.experts;
+// An expert, numbered as those held here; `experts` where it isn't. Compared before the
+// subtraction, which might overflow, and without a branch, so that a GPU reads several ids at once.
+SIMPLE_MOE_HOST_DEVICE int64_t local_expert_of(const TopkIds& ids, int64_t id) {
   const uint64_t local = static_cast<uint64_t>(id) - static_cast<uint64_t>(ids.offset);
-  return local < static_cast<uint64_t>(ids.experts) ? static_cast<int64_t>(local) : ids.experts;
+  const bool held = (id >= ids.offset) & (local < static_cast<uint64_t>(ids.experts));
+  return held ? static_cast<int64_t>(local) : ids.experts;
+}
+SIMPLE_MOE_HOST_DEVICE int64_t local_expert(const TopkIds& ids, int64_t slot) {
+  return local_expert_of(ids, ids.are_int64 ? static_cast<const int64_t*>(ids.data)[slot]
+                                            : static_cast<const int32_t*>(ids.data)[slot]);
 }
 
 // A row tile is up to so many neighbouring rows of one expert: what a product's tile is made of.

@@ -56,7 +56,8 @@ PLANTED = {
         ITEMS, "left < p_.row_tiles.height ? left :", "left < p_.row_tiles.height ? left - 1 :",
         properties.test_toy_tiles),
     "items skipped between given and claimed ones": (
-        ITEMS, "3 * gridDim.x + atomicAdd", "4 * gridDim.x + atomicAdd", whole_vectors),
+        ITEMS, "next_ = claimed_ + kGiven * gridDim.x", "next_ = claimed_ + 4 * gridDim.x",
+        whole_vectors),
     "next item read too early": (
         GEMM, "if (steps < Shape::kStages) __syncthreads();", "", whole_vectors),
     "rows of an uneven tile forgotten": (

@@ -8,14 +8,8 @@ namespace simple_moe {
 
 // The row of w1 (and element of b1) that holds a branch of output column `column`.
 __device__ __forceinline__ int64_t branch_row(const GroupedGemm& p, int64_t column, bool up) {
-  switch (p.gate_layout) {
-    case GateLayout::kGateUp:
-      return up ? p.n + column : column;
-    case GateLayout::kUpGate:
-      return up ? column : p.n + column;
-    default:
-      return 2 * column + (up ? 1 : 0);
-  }
+  if (p.gate_layout == GateLayout::kInterleaved) return 2 * column + (up ? 1 : 0);
+  return (p.gate_layout == GateLayout::kGateUp) == up ? p.n + column : column;
 }
 
 // Where a row of the product goes, and times what.

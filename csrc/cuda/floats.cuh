@@ -9,14 +9,9 @@ namespace simple_moe {
 // Calls `f` with a value of the type behind `dtype`.
 template <typename F>
 void with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(float());
-    case DType::kFloat16:
-      return f(f16());
-    case DType::kBFloat16:
-      return f(bf16());
-  }
+  if (dtype == DType::kFloat32) return f(float());
+  if (dtype == DType::kFloat16) return f(f16());
+  f(bf16());
 }
 
 __device__ __forceinline__ float load_float(const Floats& floats, int64_t index) {

@@ -26,29 +26,35 @@ class Items {
         count_((p.row_tiles.head ? p.row_tiles.head->count : static_cast<unsigned>(p.rows)) *
                column_tiles.value) {}
 
-  // An item's group, from memory; the item, from that.
-  __device__ RowTile look(unsigned number) const {
+  // What there is in memory of an item, as it lies there: its RowTile, or its slot's id and number.
+  // Nothing is made of it before find(), so that nobody waits for it until then.
+  __device__ uint4 look(unsigned number) const {
     if (number >= count_) return {};
     const unsigned tile = column_tiles_.divide(number);
-    if (p_.row_tiles.head) return p_.row_tiles.data()[tile];
-    const auto expert = static_cast<int32_t>(local_expert(p_.row_tiles.ids, tile));
-    const int rows = expert < p_.experts ? 1 : -1;
-    return {expert, static_cast<int32_t>(tile), rows, 0, 1};
+    if (p_.row_tiles.head) return reinterpret_cast<const uint4*>(p_.row_tiles.data())[tile];
+    const TopkIds& ids = p_.row_tiles.ids;
+    const uint32_t* const id = static_cast<const uint32_t*>(ids.data) + (tile << ids.are_int64);
+    return {id[0], ids.are_int64 ? id[1] : 0, tile, 0};
   }
-  __device__ Item find(unsigned number, const RowTile& group) const {
+  __device__ Item find(unsigned number, const uint4& looked) const {
     if (number >= count_) return {};
-    const unsigned first = column_tiles_.divide(number) - group.place;
-    const unsigned in_group = number - first * column_tiles_.value;
-    // Most groups are of one tile where tokens are few: nothing waits for a division then.
-    unsigned place = 0, column_tile = in_group;
-    if (group.tiles > 1) {
-      place = in_group % group.tiles;
-      column_tile = in_group / group.tiles;
+    const unsigned tile = column_tiles_.divide(number);
+    const int column_tile = static_cast<int>(number - tile * column_tiles_.value);
+    if (!p_.row_tiles.head) {
+      const TopkIds& ids = p_.row_tiles.ids;
+      const auto whole = static_cast<int64_t>(uint64_t{looked.y} << 32 | looked.x);
+      const int64_t id = ids.are_int64 ? whole : static_cast<int32_t>(looked.x);
+      const auto expert = static_cast<int>(local_expert_of(ids, id));
+      return {expert, static_cast<int>(tile), expert < p_.experts ? 1 : -1, column_tile};
     }
-    const int before = static_cast<int>(place) * p_.row_tiles.height;
-    const int left = group.rows - before;
-    return {group.expert, group.begin + before,
-            left < p_.row_tiles.height ? left : p_.row_tiles.height, static_cast<int>(column_tile)};
+    const unsigned tiles = looked.w >> 16, place_of_tile = looked.w & 0xFFFF;
+    const unsigned in_group = place_of_tile * column_tiles_.value + column_tile;
+    // Most groups are of one tile where tokens are few: nothing waits for a division then.
+    const unsigned column = tiles > 1 ? in_group / tiles : in_group;
+    const int before = static_cast<int>(in_group - column * tiles) * p_.row_tiles.height;
+    const int left = static_cast<int>(looked.z) - before;
+    return {static_cast<int>(looked.x), static_cast<int>(looked.y) + before,
+            left < p_.row_tiles.height ? left : p_.row_tiles.height, static_cast<int>(column)};
   }
 
  private:
@@ -65,15 +71,19 @@ class Items {
 // to the blocks alike: there is nothing to share.
 //
 // An item takes two trips to memory: it is claimed, and looked up. Each is made while an earlier
-// item is copied.
+// item is copied, and what comes back isn't touched before the next begins: a use is a wait.
 template <int kSlots>
 class ItemQueue {
  public:
   // All threads. queue[0] is there after the block's next barrier.
   __device__ ItemQueue(const GroupedGemm& p, const Divisor& column_tiles, Item* queue)
-      : p_(p), items_(p, column_tiles), queue_(queue), next_(given(1)), claimed_(given(2)) {
+      : p_(p),
+        items_(p, column_tiles),
+        queue_(queue),
+        next_(given(1)),
+        claimed_(given(2) - kGiven * gridDim.x) {
     if (threadIdx.x != 0) return;
-    const RowTile first = items_.look(given(0));
+    const uint4 first = items_.look(given(0));
     looked_ = items_.look(next_);
     queue_[0] = items_.find(given(0), first);
   }
@@ -85,22 +95,24 @@ class ItemQueue {
   __device__ void begin(unsigned number) {
     if (threadIdx.x != 0) return;
     queue_[(number + 1) % kSlots] = items_.find(next_, looked_);
-    next_ = claimed_;
-    looked_ = items_.look(next_);
+    next_ = claimed_ + kGiven * gridDim.x;
+    // In this order: the other way round the compiler moves what was looked up to other registers.
     RowTilesHead* const head = p_.row_tiles.head;
-    claimed_ =
-        head ? 3 * gridDim.x + atomicAdd(&head->claimed[p_.claimant], 1u) : claimed_ + gridDim.x;
+    claimed_ = head ? atomicAdd(&head->claimed[p_.claimant], 1u) : claimed_ + gridDim.x;
+    looked_ = items_.look(next_);
   }
 
  private:
-  // Items that fall to every block; the first claimed is its fourth.
+  // Items that fall to every block; the first claimed is its next.
+  static constexpr unsigned kGiven = 3;
   __device__ static unsigned given(unsigned number) { return blockIdx.x + number * gridDim.x; }
 
   const GroupedGemm& p_;
   Items items_;
   Item* queue_;
-  unsigned next_, claimed_;  // after the one in the queue, and after that
-  RowTile looked_{};         // of next_; not needed before the next begin()
+  unsigned next_;     // after the one in the queue
+  unsigned claimed_;  // after that, but for those given
+  uint4 looked_{};    // of next_
 };
 
 }  // namespace simple_moe::cuda

@@ -32,17 +32,6 @@ __device__ __forceinline__ void copy_vector(unsigned char* to, const T* from, in
   }
 }
 
-// Which of 16 x 16 elements' vectors a lane of ldmatrix gives the address of: the matrices lie
-// below one another first, or side by side first.
-struct FragmentPlace {
-  int line, vector;
-};
-__device__ __forceinline__ FragmentPlace fragment_place(bool below_first) {
-  const int lane = threadIdx.x % 32;
-  if (below_first) return {lane % 16, lane / 16};
-  return {lane / 16 * 8 + lane % 8, lane / 8 % 2};
-}
-
 // An operand whose k is contiguous: kLines rows of a, or columns of b.
 template <typename T, int kLines, int kDepth>
 struct KMajor {
@@ -77,9 +66,10 @@ struct KMajor {
   // A fragment of lines line ... line + 15 and k step `step` (16 each): of a, or two of b.
   __device__ static void load(uint32_t (&fragment)[4], const unsigned char* slot, int line,
                               int step, bool of_a) {
-    const FragmentPlace at = fragment_place(of_a);
-    ptx::ldmatrix_x4(fragment,
-                     ptx::smem_address(slot + place(line + at.line, step * 2 + at.vector)));
+    const int lane = threadIdx.x % 32;
+    const int down = of_a ? lane % 16 : lane / 16 * 8 + lane % 8;
+    const int across = of_a ? lane / 16 : lane / 8 % 2;
+    ptx::ldmatrix_x4(fragment, ptx::smem_address(slot + place(line + down, step * 2 + across)));
   }
 };
 
@@ -116,9 +106,11 @@ struct LineMajor {
 
   __device__ static void load(uint32_t (&fragment)[4], const unsigned char* slot, int line,
                               int step, bool of_a) {
-    const FragmentPlace at = fragment_place(!of_a);
+    const int lane = threadIdx.x % 32;
+    const int down = of_a ? lane / 16 * 8 + lane % 8 : lane % 16;
+    const int across = of_a ? lane / 8 % 2 : lane / 16;
     ptx::ldmatrix_x4_trans(
-        fragment, ptx::smem_address(slot + place(step * 16 + at.line, line / kVector + at.vector)));
+        fragment, ptx::smem_address(slot + place(step * 16 + down, line / kVector + across)));
   }
 };
 
