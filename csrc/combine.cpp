@@ -48,10 +48,10 @@ Tensor combine(const Tensor& expert_out, const Tensor& topk_weights, const Tenso
       .topk = static_cast<int>(topk),
       .weights = floats_of(weights),
       .slot_rows = int32_data(slot_rows),
+      .ids = {},
       .sorted_slots = const_int32_data(slots),
       .expert_offsets = const_int32_data(offsets),
       .experts = experts,
-      .ids = {},
       .only_rows_are_new = false,
       .out = out.mutable_data_ptr(),
   };

@@ -1,15 +1,15 @@
 // fused_moe: the whole layer as four primitives.
 //
-//   topk_ids, topk_weights --sort_by_expert--> expert_offsets, a slot for each row
-//   x  --grouped_gemm: gathered x[token] @ w1[e].T + b1[e], activation--> h1 [T*K, I], sorted
-//   h1 --grouped_gemm: (h1 @ w2[e].T + b2[e]) * topk_weights, scattered--> h2 [T*K, H], by slot
-//   h2 --combine: the sum over each token's slots that are held here--> out [T, H]
+//   topk_ids, topk_weights --sort_by_expert--> expert_offsets, and a row for each slot
+//   x  --grouped_gemm: gathered x[token] @ w1[e].T + b1[e], activation--> h1 [T*K, I]
+//   h1 --grouped_gemm: (h1 @ w2[e].T + b2[e]) * topk_weights--> h2 [T*K, H]
+//   h2 --combine: the sum over each token's slot_rows--> out [T, H]
 //
 // One token is not sorted where the backend can do without: its slots are the rows.
 //
 // A long input goes in chunks of tokens, so that the workspace stays bounded. What the sort makes
-// is done with before `out` is written, and lies there meanwhile. `out` may overlap any input: then
-// it doesn't, and the ids, which are read to the end, are copied.
+// for the products is done with before `out` is written, and lies there meanwhile, unless `out`
+// overlaps an input. It may: all have been read by the time it is written.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -32,10 +32,9 @@ const float* data_of(const std::optional<Tensor>& t) {
 
 // Inputs as the kernels read them.
 struct Inputs {
-  Inputs(const Arguments& a, const Layer& layer, const Tensor& out)
+  Inputs(const Arguments& a, const Layer& layer)
       : layer(layer),
-        ids(contiguous_of(overlap(out, a.topk_ids) ? torch::stable::clone(a.topk_ids)
-                                                   : a.topk_ids)),
+        ids(contiguous_of(a.topk_ids)),
         weights(contiguous_of(a.topk_weights)),
         b1(contiguous_of(a.b1)),
         b2(contiguous_of(a.b2)),
@@ -73,7 +72,7 @@ class Arrays {
   char* memory_ = nullptr;
 };
 
-// What the work on a chunk takes: what the sort makes, where there is one, and the products' rows.
+// What the work on a chunk takes. `routing`: what the sort makes for the products.
 struct Workspace {
   Workspace(const Place& place, const Layer& layer, int64_t tokens, bool sorted) : sorted(sorted) {
     const int64_t slots = tokens * layer.topk, element = element_size(layer.dtype);
@@ -81,18 +80,21 @@ struct Workspace {
     tiles = place.plan_row_tiles(slots, layer.experts, columns);
     if (sorted) {
       tiles_at = routing.add(tiles.bytes());
-      weighted_slots_at = routing.add(sizeof(WeightedSlot) * slots);
+      source_rows_at = routing.add(4 * slots);
+      row_weights_at = routing.add(4 * slots);
       expert_offsets_at = routing.add(4 * (layer.experts + 1));
       counts_at = routing.add(4 * place.sort_by_expert_counts(slots, layer.experts));
+      slot_rows_at = rows.add(4 * slots);
     }
-    h1_at = products.add(element * slots * layer.intermediate);
-    h2_at = products.add(element * slots * layer.hidden);
+    h1_at = rows.add(element * slots * layer.intermediate);
+    h2_at = rows.add(element * slots * layer.hidden);
   }
 
   bool sorted;
   RowTiles tiles;
-  Arrays routing, products;
-  int64_t tiles_at = 0, weighted_slots_at = 0, expert_offsets_at = 0, counts_at = 0, h1_at, h2_at;
+  Arrays routing, rows;
+  int64_t tiles_at = 0, source_rows_at = 0, row_weights_at = 0, expert_offsets_at = 0,
+          counts_at = 0, slot_rows_at = 0, h1_at, h2_at;
 };
 
 // The layer for tokens first ... first + tokens.
@@ -106,29 +108,30 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
   };
   Floats weights = floats_of(in.weights);
   weights.data = offset(weights.data, first_slot * element_size(weights.dtype));
-  const TopkIds ids{offset(in.ids.const_data_ptr(), first_slot * (layer.ids_are_int64 ? 8 : 4)),
-                    layer.ids_are_int64, layer.experts, a.expert_offset};
-  RowTiles row_tiles = workspace.tiles;
-  row_tiles.ids = ids;
-  const int32_t* expert_offsets = nullptr;
-  const WeightedSlot* weighted_slots = nullptr;
+  const Arrays &routing = workspace.routing, &rows = workspace.rows;
+  SortByExpert sort{
+      .ids = {offset(in.ids.const_data_ptr(), first_slot * (layer.ids_are_int64 ? 8 : 4)),
+              layer.ids_are_int64, layer.experts, a.expert_offset},
+      .slots = slots,
+      .expert_offsets = nullptr,
+      .sorted_slots = nullptr,
+      .slot_rows = nullptr,
+      .topk = static_cast<int>(layer.topk),
+      .topk_weights = weights,
+      .source_rows = nullptr,
+      .row_weights = nullptr,
+      .counts = nullptr,
+      .row_tiles = workspace.tiles,
+  };
+  sort.row_tiles.ids = sort.ids;
   if (workspace.sorted) {
-    const Arrays& routing = workspace.routing;
-    row_tiles.head = routing.at<RowTilesHead>(workspace.tiles_at);
-    const SortByExpert sort{
-        .ids = ids,
-        .slots = slots,
-        .expert_offsets = routing.at<int32_t>(workspace.expert_offsets_at),
-        .sorted_slots = nullptr,
-        .weighted_slots = routing.at<WeightedSlot>(workspace.weighted_slots_at),
-        .topk = static_cast<int>(layer.topk),
-        .topk_weights = weights,
-        .counts = routing.at<int32_t>(workspace.counts_at),
-        .row_tiles = row_tiles,
-    };
+    sort.expert_offsets = routing.at<int32_t>(workspace.expert_offsets_at);
+    sort.slot_rows = rows.at<int32_t>(workspace.slot_rows_at);
+    sort.source_rows = routing.at<int32_t>(workspace.source_rows_at);
+    sort.row_weights = routing.at<float>(workspace.row_weights_at);
+    sort.counts = routing.at<int32_t>(workspace.counts_at);
+    sort.row_tiles.head = routing.at<RowTilesHead>(workspace.tiles_at);
     place.sort_by_expert(sort);
-    expert_offsets = sort.expert_offsets;
-    weighted_slots = sort.weighted_slots;
   }
 
   const Defaults defaults = defaults_of(layer.activation);
@@ -136,16 +139,15 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
       .dtype = layer.dtype,
       .out_dtype = layer.dtype,
       .a = offset(in.x.data, first_token * in.x.stride * element),
-      .a_stride = weighted_slots ? in.x.stride : 0,
+      .a_stride = workspace.sorted ? in.x.stride : 0,
       .rows = slots,
       .n = layer.intermediate,
       .k = layer.hidden,
       .experts = layer.experts,
-      .expert_offsets = expert_offsets,
-      .gather = weighted_slots,
-      .scatter = nullptr,
+      .expert_offsets = sort.expert_offsets,
+      .source_rows = sort.source_rows,
       .source_count = tokens,
-      .row_tiles = row_tiles,
+      .row_tiles = sort.row_tiles,
       .claimant = 0,
       .only_a_is_new = false,
       .b = in.w1.data,
@@ -162,7 +164,7 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
                      .expert_limit = data_of(in.limits)},
       .gate_layout = layer.gate_layout,
       .row_weights = {},
-      .out = workspace.products.at<void>(workspace.h1_at),
+      .out = rows.at<void>(workspace.h1_at),
       .out_stride = layer.intermediate,
       .zero_other_rows = false,
   };
@@ -173,8 +175,7 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
   second.a_stride = first.out_stride;
   second.n = layer.hidden;
   second.k = layer.intermediate;
-  second.gather = nullptr;
-  second.scatter = weighted_slots;
+  second.source_rows = nullptr;
   second.source_count = slots;
   second.claimant = 1;
   second.only_a_is_new = true;
@@ -185,8 +186,8 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
   second.bias = floats_of(in.b2);
   second.activation = {};
   second.gate_layout = GateLayout::kGateUp;
-  second.row_weights = weighted_slots ? Floats{} : weights;
-  second.out = workspace.products.at<void>(workspace.h2_at);
+  second.row_weights = workspace.sorted ? Floats{sort.row_weights} : weights;
+  second.out = rows.at<void>(workspace.h2_at);
   second.out_stride = layer.hidden;
   backend.grouped_gemm(second, place.stream());
 
@@ -201,11 +202,11 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
       .rows = slots,
       .topk = static_cast<int>(layer.topk),
       .weights = {},
-      .slot_rows = nullptr,
+      .slot_rows = sort.slot_rows,
+      .ids = sort.ids,
       .sorted_slots = nullptr,
       .expert_offsets = nullptr,
       .experts = layer.experts,
-      .ids = ids,
       .only_rows_are_new = true,
       .out = static_cast<char*>(out.mutable_data_ptr()) +
              first_token * layer.hidden * static_cast<int64_t>(element_size(out_dtype)),
@@ -231,28 +232,30 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
   // the first chunk's output would be read as the second's input.
   constexpr int64_t kMost = int64_t{3} << 30;
   const bool apart = !overlaps_an_input(a, out);
-  const bool sorted = layer.tokens > 1 || !backend.needs_no_sort_of_one_token;
+  // One token's slots are its rows where the kernels can tell. They read the ids to the end then.
+  const bool sorted =
+      layer.tokens > 1 || !backend.needs_no_sort_of_one_token || overlap(out, a.topk_ids);
   Workspace workspace(place, layer, layer.tokens, sorted);
   const int64_t chunks =
-      apart ? (workspace.products.bytes() + workspace.routing.bytes() + kMost - 1) / kMost : 1;
+      apart ? (workspace.rows.bytes() + workspace.routing.bytes() + kMost - 1) / kMost : 1;
   const int64_t step = (layer.tokens + chunks - 1) / chunks;
   if (step < layer.tokens) workspace = Workspace(place, layer, step, sorted);
 
   // The routing lies in the chunk's rows of `out` where even the last chunk has room for it.
-  const int64_t products = workspace.products.bytes(), routing = workspace.routing.bytes();
+  const int64_t rows = workspace.rows.bytes(), routing = workspace.routing.bytes();
   const int64_t row_bytes = layer.hidden * static_cast<int64_t>(element_size(dtype_of(out)));
   const int64_t last = (layer.tokens - 1) % step + 1;
   const bool in_out = apart && routing + 15 <= last * row_bytes;
-  const Tensor memory = empty(a.x, {products + (in_out ? 0 : routing)}, ScalarType::Byte);
+  const Tensor memory = empty(a.x, {rows + (in_out ? 0 : routing)}, ScalarType::Byte);
   char* const begin = static_cast<char*>(memory.mutable_data_ptr());
-  workspace.products.use(begin);
-  workspace.routing.use(begin + products);
-  const Inputs in(a, layer, out);
+  workspace.rows.use(begin);
+  workspace.routing.use(begin + rows);
+  const Inputs in(a, layer);
   for (int64_t first = 0; first < layer.tokens; first += step) {
     const int64_t tokens = step < layer.tokens - first ? step : layer.tokens - first;
     if (in_out) {
-      const auto rows = reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + first * row_bytes;
-      workspace.routing.use(reinterpret_cast<char*>((rows + 15) / 16 * 16));
+      const auto at = reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + first * row_bytes;
+      workspace.routing.use(reinterpret_cast<char*>((at + 15) / 16 * 16));
     }
     run_chunk(a, in, place, backend, workspace, first, tokens, out);
   }

@@ -123,30 +123,25 @@ struct RowTiles {
   SIMPLE_MOE_HOST_DEVICE RowTile* data() const { return reinterpret_cast<RowTile*>(head + 1); }
 };
 
-// What a layer's products want of a slot: together, so that the sort writes it at once.
-struct alignas(16) WeightedSlot {
-  int32_t slot, token;
-  float weight;
-};
-
 // A stable counting sort of the slots by local expert.
 struct SortByExpert {
   TopkIds ids;
   int64_t slots;
   int32_t* expert_offsets;  // [experts + 1]
-  // Either the one or the other, and then the two after it.
-  int32_t* sorted_slots;         // [slots]
-  WeightedSlot* weighted_slots;  // [slots]
+  int32_t* sorted_slots;    // [slots] or null
+  int32_t* slot_rows;       // [slots] or null: where a slot went, -1 if its expert is not held here
+  // What a layer's products want of each slot in sorted order: its token and its routing weight.
+  // Both null, or both and topk_weights not.
   int topk;
-  Floats topk_weights;  // [slots]
-  int32_t* counts;      // scratch, sort_by_expert_counts() of them
-  RowTiles row_tiles;   // for the products, where wanted
+  Floats topk_weights;   // [slots]
+  int32_t* source_rows;  // [slots]
+  float* row_weights;    // [slots]
+  int32_t* counts;       // scratch, sort_by_expert_counts() of them
+  RowTiles row_tiles;    // for the products, where wanted
 };
 
-// out[r] = epilogue(a[r] @ b[e].T) for expert_offsets[e] <= r < expert_offsets[e + 1]:
+// out[r] = epilogue(a[source_rows[r]] @ b[e].T) for expert_offsets[e] <= r < expert_offsets[e + 1]:
 //   + bias[e], then the activation, then * row_weights[r], each where it is set.
-// With `gather` row r is made of a's row gather[r].token; with `scatter` it is multiplied by
-// scatter[r].weight, and goes to out's row scatter[r].slot.
 // Other rows of out are left alone, or zeroed with `zero_other_rows`.
 struct GroupedGemm {
   DType dtype, out_dtype;
@@ -156,8 +151,7 @@ struct GroupedGemm {
   int64_t n, k;      // columns of out; length of the dot products
   int64_t experts;
   const int32_t* expert_offsets;  // [experts + 1]; malformed ones are clamped (see row_range)
-  const WeightedSlot* gather;     // [rows] or null
-  const WeightedSlot* scatter;    // [rows] or null
+  const int32_t* source_rows;     // [rows] or null: row r of out is made of row r of a
   int64_t source_count;           // rows of a
   RowTiles row_tiles;             // of the expert_offsets
   int claimant;                   // which of row_tiles' two counts is this product's
@@ -168,7 +162,7 @@ struct GroupedGemm {
   Floats bias;  // [experts, n or 2 n]
   ActivationParams activation;
   GateLayout gate_layout;
-  Floats row_weights;  // [rows] or null; null with `scatter`
+  Floats row_weights;  // [rows] or null
   void* out;           // [rows, n], contiguous rows out_stride apart
   int64_t out_stride;
   bool zero_other_rows;
@@ -185,8 +179,7 @@ struct GroupedGemmWgrad {
   void* out;  // [experts, m, n]
 };
 
-// out[t] = sum over k, ascending, of weights[t, k] * expert_out[slot_rows[t, k]], where that is not
-// negative.
+// out[t] = sum over k, ascending, of weights[t, k] * rows[slot_rows[t, k]] where that is >= 0.
 struct Combine {
   DType dtype, out_dtype;
   const void* expert_out;  // [rows, hidden]
@@ -194,14 +187,14 @@ struct Combine {
   int64_t tokens, hidden, rows;
   int topk;
   Floats weights;  // [tokens, topk], or null: the rows are weighted already
-  // Either scratch for where slot t * topk + k went, and what says it; or null, and a slot's row is
-  // its number, if its expert is held here by `ids`.
-  int32_t* slot_rows;             // [tokens, topk]
-  const int32_t* sorted_slots;    // null where there are no rows
-  const int32_t* expert_offsets;  // [experts + 1]
-  int64_t experts;
+  // Where slot t * topk + k went. Given by sort_by_expert, or made from the two below. Null: there
+  // is one token, and slot k's row is k if its expert is held here.
+  int32_t* slot_rows;
   TopkIds ids;
-  // Whether all inputs but expert_out were written before the kernel that writes it started.
+  const int32_t* sorted_slots;    // with expert_offsets; null too where there are no rows
+  const int32_t* expert_offsets;  // null: slot_rows is filled already
+  int64_t experts;
+  // Whether slot_rows were written before the kernel that writes expert_out started.
   bool only_rows_are_new;
   void* out;  // [tokens, hidden], contiguous
 };

@@ -31,9 +31,11 @@ std::tuple<Tensor, Tensor> sort_by_expert(const Tensor& topk_ids, int64_t num_ex
       .slots = slots,
       .expert_offsets = int32_data(expert_offsets),
       .sorted_slots = int32_data(sorted_slots),
-      .weighted_slots = nullptr,
+      .slot_rows = nullptr,
       .topk = 0,
       .topk_weights = {},
+      .source_rows = nullptr,
+      .row_weights = nullptr,
       .counts = int32_data(counts),
       .row_tiles = {},
   };

@@ -173,11 +173,6 @@ def test_topk_route(emulator, route, dtype, bias, seed, machine, tiny_memory):
 # ---- sort_by_expert ----
 
 
-def weighted_slots(slots, tokens, weights):
-    """csrc/params.h's WeightedSlots, but for what fills up their 16 bytes."""
-    return torch.stack([slots.int(), tokens.int(), weights.float().view(torch.int32)], dim=1)
-
-
 @examples(60)
 @given(st.data(), st.sampled_from([torch.int32, torch.int64]), SEEDS, MACHINES)
 def test_sort_by_expert(emulator, data, dtype, seed, machine):
@@ -194,19 +189,18 @@ def test_sort_by_expert(emulator, data, dtype, seed, machine):
         ids[random.integers(1, low=0, high=slots - 1, dtype=dtype)] = (1 << 40) + expert_offset
     topk, height = data.draw(st.sampled_from([1, 2, 8])), data.draw(st.sampled_from([0, 16, 128]))
     weights = random.integers(slots, dtype=data.draw(FLOATS))
-    for_layer = data.draw(st.booleans())
-    offsets, sorted_slots, *tiles = twice(
-        emulator.sort_by_expert, ids, experts, expert_offset, topk=topk,
-        topk_weights=weights if for_layer else None, tile_height=height, **machine
+    offsets, sorted_slots, slot_rows, source_rows, row_weights, *tiles = twice(
+        emulator.sort_by_expert, ids, experts, expert_offset, topk=topk, topk_weights=weights,
+        tile_height=height, **machine
     )  # fmt: skip
     expected_offsets, expected_slots = reference.sort_by_expert(ids, experts, expert_offset)
     assert torch.equal(offsets, expected_offsets)
-    if for_layer:
-        expected_slots = weighted_slots(
-            expected_slots, expected_slots // topk, weights.float()[expected_slots.long()]
-        )
-        sorted_slots = sorted_slots[:, :3]
     assert torch.equal(sorted_slots, expected_slots)
+    rows = torch.arange(slots, dtype=torch.int32)
+    rows[offsets[-1] :] = -1
+    assert torch.equal(slot_rows[sorted_slots.long()], rows)
+    assert torch.equal(source_rows, sorted_slots // topk)
+    assert torch.equal(row_weights, weights.float()[sorted_slots.long()])
     if height and slots:
         expected_tiles = []  # in groups of two
         for e, of_expert in enumerate(reference.row_ranges(offsets, slots)):
@@ -221,16 +215,14 @@ def test_sort_by_expert(emulator, data, dtype, seed, machine):
 # ---- grouped_gemm ----
 
 
-def gemm_reference(a, b, expert_offsets, *, rows, bias=None, gather=None, scatter=None,
+def gemm_reference(a, b, expert_offsets, *, rows, bias=None, source_rows=None,
                    activation="identity", gate_layout="gate_up", row_weights=None,
                    **parameters):  # fmt: skip
     """In float64."""
-    if scatter is not None:
-        row_weights = scatter[:, 2].contiguous().view(torch.float32)
     gated = reference.ACTIVATIONS[activation].gated
     out = torch.zeros(rows, b.shape[1] // (2 if gated else 1), dtype=torch.float64)
     for e, of_expert in enumerate(reference.row_ranges(expert_offsets, rows)):
-        x = a[of_expert] if gather is None else a[gather[of_expert, 1].long()]
+        x = a[of_expert] if source_rows is None else a[source_rows[of_expert].long()]
         h = x.double() @ b[e].double().T
         if bias is not None:
             h += bias[e].double()
@@ -239,7 +231,7 @@ def gemm_reference(a, b, expert_offsets, *, rows, bias=None, gather=None, scatte
         out[of_expert] = reference.activate(gate, up, activation, **scalars)
         if row_weights is not None:
             out[of_expert] *= row_weights[of_expert].double().unsqueeze(1)
-    return out if scatter is None else out[scatter[:, 0].argsort()]
+    return out
 
 
 SIZES = st.one_of(
@@ -261,7 +253,7 @@ def gemms_of_whole_vectors(draw):
         out_dtype=None,
         offsets=draw(OFFSETS),
         gathered=draw(st.booleans()),
-        weighted=draw(st.sampled_from([None, "row", "slot"])),
+        weighted=draw(st.booleans()),
         bias=draw(st.sampled_from([None, "float32", "same"])),
         n_major=False,
         a_padding=draw(st.sampled_from([0, 8])),
@@ -286,7 +278,7 @@ def gemms(draw):
         out_dtype=draw(st.sampled_from([None, torch.float32])),
         offsets=draw(OFFSETS),
         gathered=draw(st.booleans()),
-        weighted=draw(st.sampled_from([None, "row", "slot"])),
+        weighted=draw(st.booleans()),
         bias=draw(st.sampled_from([None, "float32", "same"])),
         n_major=draw(st.booleans()),
         a_padding=draw(st.sampled_from([0, 0, 8, 1])),
@@ -302,38 +294,28 @@ def gemm_inputs(case, random, branches=1):
     dtype, rows, n, k, experts = (case[x] for x in ("dtype", "rows", "n", "k", "experts"))
     offsets = random.expert_offsets(experts, rows, case["offsets"])
     held = held_rows(offsets, rows)
-    gather = None
+    sources = None
     tokens = rows
     if case["gathered"]:
         tokens = rows // 2 + 1
-        gather = random.integers(rows, 4, low=0, high=tokens - 1, dtype=torch.int32)
+        sources = random.integers(rows, low=0, high=tokens - 1, dtype=torch.int32)
     a = random.integers(tokens, k + case["a_padding"], dtype=dtype)
     a[:, k:] = torch.nan
     b = random.integers(experts, branches * n, k, dtype=dtype)
     for e, of_expert in enumerate(reference.row_ranges(offsets, rows)):
         if of_expert.start == of_expert.stop:
             b[e] = torch.nan
-    if gather is None:
+    if sources is None:
         a[~held] = torch.nan
     if case["n_major"]:
         b = b.mT.contiguous().mT
     bias = case["bias"] and random.integers(
         experts, branches * n, dtype=torch.float32 if case["bias"] == "float32" else dtype
     )
-    arguments = dict(rows=rows, bias=bias, gather=gather)
-    weights = random.integers(rows, low=1, high=4) * 0.25
-    if case["weighted"] == "row":
-        arguments["row_weights"] = weights
-    if case["weighted"] == "slot":
-        slots = torch.randperm(rows, generator=random.generator)
-        scatter = torch.zeros(rows, 4, dtype=torch.int32)
-        scatter[:, :3] = weighted_slots(slots, slots, weights)
-        arguments["scatter"], held = scatter, held[slots.argsort()]
+    arguments = dict(rows=rows, bias=bias, source_rows=sources)
+    if case["weighted"]:
+        arguments["row_weights"] = random.integers(rows, low=1, high=4) * 0.25
     return a[:, :k], b, offsets, held, arguments
-
-
-def zeroes_other_rows(case):
-    return case["zero_other_rows"] and case["weighted"] != "slot"
 
 
 def gemm_places(case):
@@ -342,8 +324,7 @@ def gemm_places(case):
     out_size = (case["out_dtype"] or case["dtype"]).itemsize
     return dict(
         offsets={x: out_size if x == "out" else size for x in case["misaligned"]},
-        **{x: case[x] for x in ("out_dtype", "out_padding")},
-        zero_other_rows=zeroes_other_rows(case),
+        **{x: case[x] for x in ("out_dtype", "out_padding", "zero_other_rows")},
         columns=case.get("columns"),
     )
 
@@ -358,7 +339,7 @@ def check_grouped_gemm(emulator, case, seed, machine):
     out = twice(emulator.grouped_gemm, a, b, offsets, **arguments, **gemm_places(case), **machine)
     expected = gemm_reference(a, b, offsets, **arguments)
     assert torch.equal(out[held], expected[held].to(out.dtype))
-    check_unheld_rows(out, held, zeroes_other_rows(case))
+    check_unheld_rows(out, held, case["zero_other_rows"])
 
 
 @examples(40)
@@ -403,13 +384,13 @@ def test_grouped_gemm_activation(
     expected = gemm_reference(a, b, offsets, **arguments)
     tolerance = EPSILON[out.dtype]
     torch.testing.assert_close(out[held].double(), expected[held], rtol=tolerance, atol=tolerance)
-    check_unheld_rows(out, held, zeroes_other_rows(case))
+    check_unheld_rows(out, held, case["zero_other_rows"])
 
 
 def test_grouped_gemm_many_experts(emulator):
     """More of them than a block looks at in one go."""
     case = dict(rows=200, n=8, k=8, experts=2500, dtype=torch.bfloat16, out_dtype=None,
-                gathered=True, weighted="slot", bias="float32", n_major=False, a_padding=0,
+                gathered=True, weighted=True, bias="float32", n_major=False, a_padding=0,
                 out_padding=0, misaligned=[], zero_other_rows=True)  # fmt: skip
     for offsets in ("even", "skewed", "malformed"):
         check_grouped_gemm(emulator, case | dict(offsets=offsets), 0, dict(sm_count=3))
@@ -482,22 +463,17 @@ def test_combine(emulator, data, dtype, kind, seed, machine):
     padding = data.draw(st.sampled_from([0, 0, 8, 1]))
     expert_out = random.integers(rows, hidden + padding, dtype=dtype)[:, :hidden]
     slot_rows = torch.full((rows,), -1, dtype=torch.int32)
-    if data.draw(st.booleans()):  # as a layer's lie
-        ids = random.integers(rows, low=0, high=experts, dtype=torch.int32)
-        slot_rows = torch.where(ids < experts, torch.arange(rows), -1)
-        expert_out[slot_rows < 0] = torch.nan
-        routing = dict(topk_ids=ids, experts=experts)
-    else:
-        if data.draw(st.booleans()):  # anybody's: some don't exist, some come twice
-            slots = random.integers(rows, low=-rows, high=2 * rows, dtype=torch.int32)
-        held = int(offsets.clamp(0, rows).max())
-        for row, slot in enumerate(slots[:held].tolist()):
-            if 0 <= slot < rows:
-                slot_rows[slot] = row
-        expert_out[held:] = torch.nan
-        routing = dict(sorted_slots=slots, expert_offsets=offsets)
+    if data.draw(st.booleans()):  # anybody's: some don't exist, some come twice
+        slots = random.integers(rows, low=-rows, high=2 * rows, dtype=torch.int32)
+    held = int(offsets.clamp(0, rows).max())
+    for row, slot in enumerate(slots[:held].tolist()):
+        if 0 <= slot < rows:
+            slot_rows[slot] = row
+    expert_out[held:] = torch.nan
     weights[slot_rows.view(tokens, topk) < 0] = torch.nan
-    weighted = data.draw(st.booleans())
+    weighted, ready = data.draw(st.booleans()), data.draw(st.booleans())
+    routing = dict(slot_rows=slot_rows) if ready else dict(sorted_slots=slots,
+                                                           expert_offsets=offsets)  # fmt: skip
     misaligned = data.draw(st.lists(st.sampled_from(["expert_out", "out"]), unique=True))
     out = twice(emulator.combine, expert_out, weights if weighted else None, tokens=tokens,
                 topk=topk, **routing, offsets={x: dtype.itemsize for x in misaligned},

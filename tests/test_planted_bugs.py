@@ -13,7 +13,7 @@ GEMM, ANY = "csrc/cuda/grouped_gemm.cuh", "csrc/cuda/grouped_gemm_any.cuh"
 SHAPE, COPIER, WARP = (f"csrc/cuda/{x}.cuh" for x in ("gemm_shape", "copier", "warp_tile"))
 SCAN, TILES = "csrc/cuda/block_scan.cuh", "csrc/cuda/row_tiles.cuh"
 SHAPES = "csrc/cuda/shapes.h"
-ITEMS, EPILOGUE = "csrc/cuda/items.cuh", "csrc/cuda/epilogue.cuh"
+ITEMS = "csrc/cuda/items.cuh"
 
 
 def toy_gemms(emulator):
@@ -118,11 +118,10 @@ PLANTED = {
     "last offset not written": (
         SORT, "p.expert_offsets[b] = begin[b];", "if (b < p.ids.experts) p.expert_offsets[b] = begin[b];",
         properties.test_sort_by_expert),
-    "slots of others not sorted": (
-        SORT, "if (p.weighted_slots) {", "if (p.weighted_slots && bin[i] < p.ids.experts) {",
+    "slot's row not written": (
+        SORT, "if (p.slot_rows) p.slot_rows",
+        "if (p.slot_rows && bin[i] < p.ids.experts) p.slot_rows",
         properties.test_sort_by_expert),
-    "rows not scattered": (
-        EPILOGUE, "if (p.scatter) return p.scatter[row];", "", whole_vectors),
     "slots of others multiplied": (
         ITEMS, "expert < p_.experts ? 1 : -1", "1", properties.test_one_token),
     "a slot of others ends the rest": (

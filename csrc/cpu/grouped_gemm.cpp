@@ -66,13 +66,13 @@ class GroupedGemmRun {
   void run_rows(int64_t expert, const Matrix& weights, int64_t first, int64_t count) {
     const Matrix out{offset(p_.out, p_.out_dtype, first * p_.out_stride), p_.out_dtype, count, p_.n,
                      p_.out_stride};
-    const bool in_place = p_.out_dtype == DType::kFloat32 && width_ == p_.n && !p_.scatter;
+    const bool in_place = p_.out_dtype == DType::kFloat32 && width_ == p_.n;
     const Matrix product = in_place ? out : product_.matrix(DType::kFloat32, count, width_);
     multiply_rows(product, rows_of_a(first, count), weights);
     const bool identity = p_.activation.kind == Activation::kIdentity;
-    if (!identity || p_.bias.data || p_.row_weights.data || p_.scatter) {
+    if (!identity || p_.bias.data || p_.row_weights.data) {
       with_type(p_.out_dtype, [&](auto* type) {
-        apply_epilogue<std::remove_pointer_t<decltype(type)>>(product, expert, first);
+        apply_epilogue<std::remove_pointer_t<decltype(type)>>(out, product, expert, first);
       });
     } else if (!in_place) {
       convert(out, product);
@@ -81,10 +81,10 @@ class GroupedGemmRun {
 
   Matrix rows_of_a(int64_t first, int64_t count) {
     const auto source = [&](int64_t row) {
-      const int64_t from = p_.gather ? p_.gather[row].token : row;
+      const int64_t from = p_.source_rows ? p_.source_rows[row] : row;
       return const_cast<void*>(offset(p_.a, p_.dtype, from * p_.a_stride));
     };
-    if (!p_.gather || count == 1) {
+    if (!p_.source_rows || count == 1) {
       return {source(first), p_.dtype, count, p_.k, p_.a_stride};
     }
     const Matrix gathered = gathered_.matrix(p_.dtype, count, p_.k);
@@ -159,21 +159,16 @@ class GroupedGemmRun {
     }
   }
 
-  // Bias, activation, routing weight. The product may lie where it is to go.
+  // Bias, activation, routing weight. `out` may be the product itself.
   template <class Out>
-  void apply_epilogue(const Matrix& product, int64_t expert, int64_t first) {
+  void apply_epilogue(const Matrix& out, const Matrix& product, int64_t expert, int64_t first) {
     const float* bias = bias_of(expert);
     const ActivationScalars scalars = scalars_of(p_.activation, expert);
     torch::stable::parallel_for(
         0, product.rows, grain_of(4 * width_), [&](int64_t begin, int64_t end) {
           for (int64_t r = begin; r < end; ++r) {
-            int64_t row = first + r;
-            float weight = p_.row_weights.data ? load(p_.row_weights, row) : 1.0f;
-            if (p_.scatter) {
-              weight = p_.scatter[row].weight;
-              row = p_.scatter[row].slot;
-            }
-            finish_row(static_cast<Out*>(p_.out) + row * p_.out_stride,
+            const float weight = p_.row_weights.data ? load(p_.row_weights, first + r) : 1.0f;
+            finish_row(static_cast<Out*>(out.data) + r * out.row_stride,
                        static_cast<const float*>(product.data) + r * product.row_stride, bias,
                        scalars, weight);
           }

@@ -24,10 +24,11 @@ void sort_by_expert(const SortByExpert& p) {
   for (int64_t slot = 0; slot < p.slots; ++slot) {
     const int64_t expert = local_expert(p.ids, slot);
     const int32_t row = expert < experts ? cursors[expert]++ : not_held_row++;
-    const auto number = static_cast<int32_t>(slot);
-    if (p.sorted_slots) p.sorted_slots[row] = number;
-    if (p.weighted_slots) {
-      p.weighted_slots[row] = {number, number / p.topk, load(p.topk_weights, slot)};
+    if (p.sorted_slots) p.sorted_slots[row] = static_cast<int32_t>(slot);
+    if (p.slot_rows) p.slot_rows[slot] = expert < experts ? row : -1;
+    if (p.source_rows) {
+      p.source_rows[row] = static_cast<int32_t>(slot / p.topk);
+      p.row_weights[row] = load(p.topk_weights, slot);
     }
   }
   // Every cursor has moved from its expert's first row to the next expert's.

@@ -4,8 +4,8 @@
 // Schedule: a block takes one token and 8 columns a thread. Of 32 of the token's K slots each lane
 // looks one up, its row and weight; then each thread reads 16 bytes of every row that is there,
 // kAtOnce in flight. The code is kept short: with few tokens it is run through once, and its length
-// is time. Where rows lie as sorted, a small kernel before it says where each slot's is; a layer's
-// lie as its slots do.
+// is time. Where sort_by_expert's slot_rows isn't at hand, a small kernel before it makes it; one
+// unsorted token needs none.
 #include "device.h"
 #include "floats.cuh"
 #include "launch.h"

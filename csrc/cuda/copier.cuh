@@ -65,7 +65,7 @@ class Copier {
     for (int pass = 0; pass < Shape::kPassesA; ++pass) {
       const int row = item.row_begin + line() + pass * Shape::kPass;
       a_rows_[pass] = row;
-      if (p_.gather && pass < a_passes_) a_rows_[pass] = p_.gather[row].token;
+      if (p_.source_rows && pass < a_passes_) a_rows_[pass] = p_.source_rows[row];
     }
     b_ = static_cast<const char*>(p_.b) +
          (item.expert * p_.b_expert_stride +

@@ -82,9 +82,9 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
 Tensor gather(const GroupedGemm& p, int64_t held) {
   using torch::stable::detail::from;
   const ScalarType type = scalar_type_of(p.dtype);
-  if (!p.gather) return tensor_of(p.a, type, {held, p.k}, {p.a_stride, 1});
+  if (!p.source_rows) return tensor_of(p.a, type, {held, p.k}, {p.a_stride, 1});
   const Tensor a = tensor_of(p.a, type, {p.source_count, p.k}, {p.a_stride, 1});
-  const Tensor rows = tensor_of(&p.gather->token, ScalarType::Int, {held, 1}, {4, 1});
+  const Tensor rows = tensor_of(p.source_rows, ScalarType::Int, {1, held}, {held, 1});
   const Tensor index = torch::stable::flatten(rows);
   return call<3>("aten::index_select", "", {from(a), from(int64_t{0}), from(index)});
 }

@@ -12,13 +12,6 @@ __device__ __forceinline__ int64_t branch_row(const GroupedGemm& p, int64_t colu
   return (p.gate_layout == GateLayout::kGateUp) == up ? p.n + column : column;
 }
 
-// Where a row of the product goes, and times what.
-__device__ __forceinline__ WeightedSlot destination(const GroupedGemm& p, int64_t row) {
-  if (p.scatter) return p.scatter[row];
-  const float weight = p.row_weights.data ? load_float(p.row_weights, row) : 1.0f;
-  return {static_cast<int32_t>(row), 0, weight};
-}
-
 // Writes `rows` rows of one expert from `first_row` on, and `columns` columns from `first_column`
 // on: those there are. product(row, column, up) is a value of the tile, with its bias.
 // All threads of the block share the work. 8 columns at a time in a rolled loop: the code of the
@@ -45,10 +38,11 @@ __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert
     } else {
       activate<kVector>(p.activation.kind, gate);
     }
-    const WeightedSlot to = destination(p, first_row + row);
+    const int64_t out_row = first_row + row;
+    const float weight = p.row_weights.data ? load_float(p.row_weights, out_row) : 1.0f;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) gate[i] *= to.weight;
-    store_vector(p.out, p.out_dtype, to.slot * p.out_stride + first_column + j, count, aligned,
+    for (int i = 0; i < kVector; ++i) gate[i] *= weight;
+    store_vector(p.out, p.out_dtype, out_row * p.out_stride + first_column + j, count, aligned,
                  gate);
   }
 }

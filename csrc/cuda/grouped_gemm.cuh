@@ -104,7 +104,7 @@ __device__ __forceinline__ void multiply_items(const GroupedGemm& p, const Divis
   // copies more than the first item.
   const int steps_first = steps < Shape::kStages ? 0
                           : p.only_a_is_new      ? Shape::kStages - 1
-                          : p.gather             ? 2
+                          : p.source_rows        ? 2
                                                  : 0;
 #pragma unroll 1
   for (int step = 0; step < steps_first; ++step) {

@@ -22,7 +22,7 @@ struct Alignment {
 
 // The row of `a` behind an output row.
 __device__ __forceinline__ int64_t source_row(const GroupedGemm& p, int64_t row) {
-  return p.gather ? p.gather[row].token : row;
+  return p.source_rows ? p.source_rows[row] : row;
 }
 
 // The row of b behind a column of a tile, or -1 where there is none.

@@ -47,7 +47,7 @@ struct Slots {
     for (int i = 0; i < kSlotsOfLane; ++i) {
       const int64_t slot = first + 32 * i + threadIdx.x % 32;
       bin[i] = slot < end ? static_cast<int>(local_expert(p.ids, slot)) : -1;
-      weight[i] = slot < end && p.weighted_slots ? load_float(p.topk_weights, slot) : 0.0f;
+      weight[i] = slot < end && p.source_rows ? load_float(p.topk_weights, slot) : 0.0f;
     }
   }
 
@@ -72,11 +72,11 @@ struct Slots {
       const int rank = __popc(peers & ((1u << threadIdx.x % 32) - 1));
       if (bin[i] >= 0) {
         const int place = place_of(bin[i]) + rank;
-        const auto number = static_cast<uint32_t>(slot);
-        if (p.sorted_slots) p.sorted_slots[place] = static_cast<int32_t>(number);
-        if (p.weighted_slots) {  // In one store.
-          reinterpret_cast<uint4*>(p.weighted_slots)[place] = {number, number / p.topk,
-                                                               __float_as_uint(weight[i]), 0};
+        if (p.sorted_slots) p.sorted_slots[place] = static_cast<int32_t>(slot);
+        if (p.slot_rows) p.slot_rows[slot] = bin[i] < p.ids.experts ? place : -1;
+        if (p.source_rows) {
+          p.source_rows[place] = static_cast<int32_t>(slot) / p.topk;
+          p.row_weights[place] = weight[i];
         }
       }
       __syncwarp();  // all have read the place

@@ -94,25 +94,25 @@ class WarpTile {
   // Activation, routing weight, rounding: a few rows at a time through `staged`, this warp's own,
   // so that a thread gets 8 neighbouring columns and the code of the activations stands once.
   __device__ void finish(const GroupedGemm& p, const Item& item, unsigned char* staged) const {
-    // Of a lane's row of the piece: it has a piece's time to come.
-    const auto destination_of = [&](int piece) -> WeightedSlot {
+    // The routing weight of a lane's row of the piece: it has a piece's time to come.
+    const auto weight_of = [&](int piece) {
       const int row_of_tile = first_row(piece) + threadIdx.x % Shape::kStagedRows;
-      if (row_of_tile >= item.row_count) return {};
-      return destination(p, item.row_begin + row_of_tile);
+      const bool there = p.row_weights.data && row_of_tile < item.row_count;
+      return there ? load_float(p.row_weights, item.row_begin + row_of_tile) : 1.0f;
     };
-    WeightedSlot next = destination_of(0);
+    float next_weight = weight_of(0);
     float* const floats = reinterpret_cast<float*>(staged);
 #pragma unroll 1
     for (int piece = 0; piece < kPieces; ++piece) {
       if (first_row(piece) >= item.row_count) break;
-      const WeightedSlot to = next;
-      next = destination_of(piece + 1);
+      const float weight = next_weight;
+      next_weight = weight_of(piece + 1);
       stage(piece, floats);
       __syncwarp();
       if (is_gated(p.activation.kind)) {
-        store<true>(p, item, piece, to, floats);
+        store<true>(p, item, piece, weight, floats);
       } else {
-        store<false>(p, item, piece, to, floats);
+        store<false>(p, item, piece, weight, floats);
       }
       __syncwarp();
     }
@@ -175,18 +175,17 @@ class WarpTile {
     return row(first / 16) + first % 16;
   }
 
-  // The staged rows of a piece. `to` is where row lane % kStagedRows goes.
+  // The staged rows of a piece. `weight` is that of row lane % kStagedRows.
   template <bool kGated>
-  __device__ static void store(const GroupedGemm& p, const Item& item, int piece,
-                               const WeightedSlot& to, const float* floats) {
+  __device__ static void store(const GroupedGemm& p, const Item& item, int piece, float weight,
+                               const float* floats) {
     constexpr int kVectors = kGated ? kJ / 2 : kJ;  // of a row
     const int first_column = (item.column_tile * Shape::kCols + column()) / (kGated ? 2 : 1);
 #pragma unroll 1
     for (int first = 0; first < Shape::kStagedRows * kVectors; first += 32) {
       const int number = first + threadIdx.x % 32;
       const int row_of_piece = number / kVectors, vector = number % kVectors;
-      const float weight = __shfl_sync(0xffffffffu, to.weight, row_of_piece);
-      const int slot = __shfl_sync(0xffffffffu, to.slot, row_of_piece);
+      const float of_row = __shfl_sync(0xffffffffu, weight, row_of_piece);
       const int row_of_tile = first_row(piece) + row_of_piece;
       const int column = first_column + vector * kVector;
       if (row_of_piece >= Shape::kStagedRows || row_of_tile >= item.row_count || column >= p.n)
@@ -204,11 +203,12 @@ class WarpTile {
         activate<kVector>(p.activation.kind, values);
       }
       uint4 packed;
-      pack(values[0] * weight, values[1] * weight, packed.x);
-      pack(values[2] * weight, values[3] * weight, packed.y);
-      pack(values[4] * weight, values[5] * weight, packed.z);
-      pack(values[6] * weight, values[7] * weight, packed.w);
-      *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + slot * p.out_stride + column) = packed;
+      pack(values[0] * of_row, values[1] * of_row, packed.x);
+      pack(values[2] * of_row, values[3] * of_row, packed.y);
+      pack(values[4] * of_row, values[5] * of_row, packed.z);
+      pack(values[6] * of_row, values[7] * of_row, packed.w);
+      const int64_t to = (item.row_begin + row_of_tile) * p.out_stride + column;
+      *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to) = packed;
     }
   }
 
