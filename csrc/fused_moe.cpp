@@ -52,12 +52,17 @@ struct Inputs {
   ExpertMatrices w1, w2;
 };
 
-// Arrays behind one another.
+// Arrays behind one another, each from a multiple of kAlignment on.
 class Arrays {
  public:
+  static constexpr int64_t kAlignment = 256;
+  static int64_t aligned(int64_t bytes) {
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+
   int64_t add(int64_t bytes) {
-    const int64_t begin = bytes_;
-    bytes_ += (bytes + 15) / 16 * 16;
+    const int64_t begin = aligned(bytes_);
+    bytes_ = begin + bytes;
     return begin;
   }
   int64_t bytes() const { return bytes_; }
@@ -84,10 +89,10 @@ struct Workspace {
       row_weights_at = routing.add(4 * slots);
       expert_offsets_at = routing.add(4 * (layer.experts + 1));
       counts_at = routing.add(4 * place.sort_by_expert_counts(slots, layer.experts));
-      slot_rows_at = rows.add(4 * slots);
     }
     h1_at = rows.add(element * slots * layer.intermediate);
     h2_at = rows.add(element * slots * layer.hidden);
+    if (sorted) slot_rows_at = rows.add(4 * slots);
   }
 
   bool sorted;
@@ -245,17 +250,18 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
   const int64_t rows = workspace.rows.bytes(), routing = workspace.routing.bytes();
   const int64_t row_bytes = layer.hidden * static_cast<int64_t>(element_size(dtype_of(out)));
   const int64_t last = (layer.tokens - 1) % step + 1;
-  const bool in_out = apart && routing + 15 <= last * row_bytes;
-  const Tensor memory = empty(a.x, {rows + (in_out ? 0 : routing)}, ScalarType::Byte);
+  const bool in_out = apart && Arrays::aligned(routing) <= last * row_bytes - Arrays::kAlignment;
+  const int64_t end_of_rows = Arrays::aligned(rows);
+  const Tensor memory = empty(a.x, {in_out ? rows : end_of_rows + routing}, ScalarType::Byte);
   char* const begin = static_cast<char*>(memory.mutable_data_ptr());
   workspace.rows.use(begin);
-  workspace.routing.use(begin + rows);
+  workspace.routing.use(begin + end_of_rows);
   const Inputs in(a, layer);
   for (int64_t first = 0; first < layer.tokens; first += step) {
     const int64_t tokens = step < layer.tokens - first ? step : layer.tokens - first;
     if (in_out) {
-      const auto at = reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + first * row_bytes;
-      workspace.routing.use(reinterpret_cast<char*>((at + 15) / 16 * 16));
+      const auto at = reinterpret_cast<int64_t>(out.mutable_data_ptr()) + first * row_bytes;
+      workspace.routing.use(reinterpret_cast<char*>(Arrays::aligned(at)));
     }
     run_chunk(a, in, place, backend, workspace, first, tokens, out);
   }
