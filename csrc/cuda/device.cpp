@@ -63,8 +63,9 @@ DeviceInfo ask(int device) {
   };
   const int version = compiled_for();
   info.early_launch = info.major >= 9 && version >= 90;
-  info.smem_per_block = std::min<size_t>(info.smem_per_block, most_smem(version));
   if (const char* text = std::getenv("SIMPLE_MOE_TEST_DEVICE")) override_with(text, info);
+  // Of code for smaller multiprocessors there is none that takes more.
+  info.smem_per_block = std::min<size_t>(info.smem_per_block, most_smem(version));
   return info;
 }
 
