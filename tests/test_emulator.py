@@ -212,6 +212,16 @@ def test_sort_by_expert(emulator, data, dtype, seed, machine):
         assert tiles[0][1 : 1 + len(expected_tiles)].tolist() == expected_tiles
 
 
+def test_sort_by_expert_many_chunks(emulator):
+    """More than a warp has lanes: of 256 slots each, or of as many as there are experts."""
+    for slots, experts in ((9000, 3), (20_000, 600)):
+        ids = Random(slots).integers(slots, low=-1, high=experts, dtype=torch.int32)
+        offsets, sorted_slots, _ = twice(emulator.sort_by_expert, ids, experts)
+        expected_offsets, expected_slots = reference.sort_by_expert(ids, experts)
+        assert torch.equal(offsets, expected_offsets)
+        assert torch.equal(sorted_slots, expected_slots)
+
+
 # ---- grouped_gemm ----
 
 

@@ -109,7 +109,7 @@ PLANTED = {
         properties.test_sort_by_expert),
     "chunks' counts not carried on": (
         SORT, "in_bin += __shfl_sync(kAll, upto, 31);", "in_bin = __shfl_sync(kAll, upto, 31);",
-        properties.test_sort_by_expert),
+        properties.test_sort_by_expert_many_chunks),
     "place changed while read": (
         SORT, "__syncwarp();  // all have read the place", "", properties.test_sort_by_expert),
     "two blocks' chunks scattered": (
