@@ -8,8 +8,8 @@
 // One token is not sorted where the backend can do without: its slots are the rows.
 //
 // A long input goes in chunks of tokens, so that the workspace stays bounded. What the sort makes
-// for the products is done with before `out` is written, and lies there meanwhile, unless `out`
-// overlaps an input. It may: all have been read by the time it is written.
+// for the products is done with before `out` is written, and lies there meanwhile, unless `out` is
+// too small or overlaps an input. It may: all have been read by the time it is written.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -247,12 +247,15 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
   if (step < layer.tokens) workspace = Workspace(place, layer, step, sorted);
 
   // The routing lies in the chunk's rows of `out` where even the last chunk has room for it.
-  const int64_t rows = workspace.rows.bytes(), routing = workspace.routing.bytes();
-  const int64_t row_bytes = layer.hidden * static_cast<int64_t>(element_size(dtype_of(out)));
+  const int64_t rows_bytes = workspace.rows.bytes();
+  const int64_t routing_bytes = workspace.routing.bytes();
+  const int64_t out_row_bytes = layer.hidden * static_cast<int64_t>(element_size(dtype_of(out)));
   const int64_t last = (layer.tokens - 1) % step + 1;
-  const bool in_out = apart && Arrays::aligned(routing) <= last * row_bytes - Arrays::kAlignment;
-  const int64_t end_of_rows = Arrays::aligned(rows);
-  const Tensor memory = empty(a.x, {in_out ? rows : end_of_rows + routing}, ScalarType::Byte);
+  const bool in_out =
+      apart && Arrays::aligned(routing_bytes) <= last * out_row_bytes - Arrays::kAlignment;
+  const int64_t end_of_rows = Arrays::aligned(rows_bytes);
+  const Tensor memory =
+      empty(a.x, {in_out ? rows_bytes : end_of_rows + routing_bytes}, ScalarType::Byte);
   char* const begin = static_cast<char*>(memory.mutable_data_ptr());
   workspace.rows.use(begin);
   workspace.routing.use(begin + end_of_rows);
@@ -260,7 +263,7 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
   for (int64_t first = 0; first < layer.tokens; first += step) {
     const int64_t tokens = step < layer.tokens - first ? step : layer.tokens - first;
     if (in_out) {
-      const auto at = reinterpret_cast<int64_t>(out.mutable_data_ptr()) + first * row_bytes;
+      const auto at = reinterpret_cast<int64_t>(out.mutable_data_ptr()) + first * out_row_bytes;
       workspace.routing.use(reinterpret_cast<char*>(Arrays::aligned(at)));
     }
     run_chunk(a, in, place, backend, workspace, first, tokens, out);

@@ -52,6 +52,20 @@ def test_layouts_in_memory(dtype, layout, device):
     check_layer(MoeCase(dtype=dtype, layout=layout, hidden=63, intermediate=7), device)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_out_at_any_address(dtype, device):
+    """What the sort makes lies in `out` meanwhile, wherever that is."""
+    for hidden in (7, 72):
+        for tokens in (1, 2, 300):
+            arguments = MoeCase(tokens=tokens, hidden=hidden, dtype=dtype).arguments(device)
+            expected = moe_ops.fused_moe(**arguments)
+            buffer = torch.full((tokens + 2, hidden), 3, dtype=dtype, device=device)
+            out = buffer[1:-1]
+            moe_ops.fused_moe(**arguments, out=out)
+            assert_same_bits(out, expected)
+            assert (buffer[0] == 3).all() and (buffer[-1] == 3).all()
+
+
 @pytest.mark.parametrize("output_dtype", FLOATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_output_dtype(dtype, output_dtype, device):

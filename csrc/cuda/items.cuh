@@ -26,8 +26,8 @@ class Items {
         count_((p.row_tiles.head ? p.row_tiles.head->count : static_cast<unsigned>(p.rows)) *
                column_tiles.value) {}
 
-  // What there is in memory of an item, as it lies there: its RowTile, or its slot's id and number.
-  // Nothing is made of it before find(), so that nobody waits for it until then.
+  // What there is in memory of an item, as it lies there: its RowTile, or its slot's id. Nothing is
+  // made of it before find(), so that nobody waits for it until then.
   __device__ uint4 look(unsigned number) const {
     if (number >= count_) return {};
     const unsigned tile = column_tiles_.divide(number);

@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kBlock) sum_kernel(const SortByExpert p, Chunk
                         *reinterpret_cast<RowTilesStorage<kBlock>*>(totals));
 }
 
-// So many that each has `least` slots, but for the last.
+// Of equal length, as many as there would be of `least` slots.
 Chunks cut(int64_t slots, int64_t least, int64_t max_chunks) {
   const int64_t all = (slots + least - 1) / least;
   const int64_t count = all < 1 ? 1 : (all < max_chunks ? all : max_chunks);

@@ -103,7 +103,7 @@ def build(mutations: dict[str, tuple[str, str]] | None = None) -> Path:
                 (tree / name).parent.mkdir(parents=True, exist_ok=True)
                 (tree / name).write_text(text)
         sources = [tree / "tests/emulator" / f for f in ("driver.cpp", "fibers.cpp", "toys.cu")]
-        # device.cu asks a real GPU: the driver has its own.
+        # device.cu has a kernel that a real GPU is asked about: the driver has its own device.
         sources += sorted(set((tree / "csrc/cuda").glob("*.cu")) - {tree / "csrc/cuda/device.cu"})
         # What a bug changed is compiled for one short test: that takes longer than the test.
         optimize = "-O0" if mutations else "-O1"
