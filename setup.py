@@ -129,8 +129,13 @@ builddir = build
 cxx_flags = {_shell(cxx)}
 cu_flags = {_shell(cu)}
 link_flags = {_shell(link)}
+rule header
+  command = {CXX} $cxx_flags -x c++-header -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
 rule cxx
-  command = {CXX} $cxx_flags $more_flags -MD -MF $out.d -c $in -o $out
+  command = {CXX} -Ibuild -include torch_stable.h $cxx_flags $more_flags $
+      -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule cu
@@ -142,11 +147,15 @@ rule link
   command = {CXX} -o $out $in $link_flags
 """
     objects, edges = [], []
+    # Where the compiler can't take it compiled, it finds the header itself.
+    header = "build/torch_stable.h.gch"
+    edges.append(f"build {header}: header csrc/torch_stable.h\n")
     # The kernels take longest: first.
     for source in [*sorted(kernels), *sorted(sources)]:
         name = source.relative_to(ROOT)
         objects.append(f"build/{name}.o")
-        edges.append(f"build {objects[-1]}: {'cu' if source in kernels else 'cxx'} {name}\n")
+        rule, needs = ("cu", "") if source in kernels else ("cxx", f" | {header}")
+        edges.append(f"build {objects[-1]}: {rule} {name}{needs}\n")
         if name.name == "build_info.cpp":
             edges.append(f"  more_flags = {_shell(info)}\n")
     edges.append(f"build build/{LIBRARY}: link {' '.join(objects)}\n")
