@@ -56,8 +56,8 @@ inline int64_t column_tiles(int64_t n, bool gated, int cols) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Divides numbers below 2^31 on the GPU by one that the host knows, in two instructions: n / d is
-// n * ceil(2^shift / d) >> shift for a 2^shift of 2^31 * d or more.
+// Divides numbers below 2^31 on the GPU by one that the host knows, with a multiplication and a
+// shift: n / d is n * ceil(2^shift / d) >> shift for a 2^shift of 2^31 * d or more.
 struct Divisor {
   explicit Divisor(int64_t d) : value(static_cast<uint32_t>(d)) {
     while (uint64_t{1} << shift < uint64_t{value} << 31) ++shift;
