@@ -6,7 +6,8 @@ MIN_TORCH on. Where no nvcc is found, only the CPU half is built.
 
     CUDA_HOME, CUDA_PATH     the CUDA toolkit; otherwise /usr/local/cuda, otherwise nvcc in PATH
     SIMPLE_MOE_CUDA_ARCHS    what to compile for, "80;90+PTX" unless given: 80 is code for sm_80,
-                             90+PTX is code for sm_90 and PTX that any GPU from 9.0 on can compile
+                             90+PTX is code for sm_90 and PTX that any GPU from 9.0 on can compile.
+                             With 90 or 90a comes the sm90 backend, whose kernels are sm_90a's alone
     CXX                      the C++ compiler, g++ unless given
 """
 
@@ -94,10 +95,19 @@ def cuda_targets() -> dict[str, list[str]]:
     return targets
 
 
+def gencode(targets: dict[str, list[str]]) -> list[str]:
+    return [f"-gencode=arch={arch},code=[{','.join(codes)}]" for arch, codes in targets.items()]
+
+
 def ninja_file(version: str) -> str:
     torch = torch_folder()
     nvcc = find_nvcc()
     targets = cuda_targets() if nvcc else {}
+    # wgmma is in no code but sm_90a: its kernels are compiled for that alone, wherever there is
+    # code for Hopper.
+    wgmma_kernels = set(ROOT.glob("csrc/cuda/*_sm90_*.cu"))
+    hopper = {"compute_90", "compute_90a"} & targets.keys()
+    wgmma_targets = {"compute_90a": ["sm_90a"]} if hopper else {}
     cxx = shlex.split(CXX_FLAGS)
     cxx += ["-Icsrc", "-isystem", str(torch / "include")]
     cxx += ["-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*MIN_TORCH)]
@@ -113,9 +123,13 @@ def ninja_file(version: str) -> str:
         includes, libraries = toolkit_folders(nvcc)
         cxx += ["-DUSE_CUDA", "-DSIMPLE_MOE_CUDA", *includes]
         cu += ["-Icsrc", f"--threads={len(targets)}"]
-        cu += [f"-gencode=arch={arch},code=[{','.join(codes)}]" for arch, codes in targets.items()]
         link += [*libraries, "-Wl,--as-needed", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-        kernels = list(ROOT.glob("csrc/cuda/**/*.cu"))
+        kernels = set(ROOT.glob("csrc/cuda/**/*.cu"))
+        if wgmma_targets:
+            cxx += ["-DSIMPLE_MOE_SM90"]
+            cu += ["-DSIMPLE_MOE_SM90"]
+        else:
+            kernels -= wgmma_kernels
         sources += ROOT.glob("csrc/cuda/**/*.cpp")
     else:
         print("simple_moe: no nvcc found, building for the CPU ALONE", flush=True)
@@ -128,6 +142,7 @@ def ninja_file(version: str) -> str:
 builddir = build
 cxx_flags = {_shell(cxx)}
 cu_flags = {_shell(cu)}
+cu_targets = {_shell(gencode(targets))}
 link_flags = {_shell(link)}
 rule header
   command = {CXX} $cxx_flags -x c++-header -MD -MF $out.d -c $in -o $out
@@ -139,7 +154,7 @@ rule cxx
   depfile = $out.d
   deps = gcc
 rule cu
-  command = {nvcc} $cu_flags -MD -MF $out.d -c $in -o $out > $out.ptxas.txt 2>&1 $
+  command = {nvcc} $cu_flags $cu_targets -MD -MF $out.d -c $in -o $out > $out.ptxas.txt 2>&1 $
       || {{ cat $out.ptxas.txt; exit 1; }}
   depfile = $out.d
   deps = gcc
@@ -156,6 +171,8 @@ rule link
         objects.append(f"build/{name}.o")
         rule, needs = ("cu", "") if source in kernels else ("cxx", f" | {header}")
         edges.append(f"build {objects[-1]}: {rule} {name}{needs}\n")
+        if source in wgmma_kernels:
+            edges.append(f"  cu_targets = {_shell(gencode(wgmma_targets))}\n")
         if name.name == "build_info.cpp":
             edges.append(f"  more_flags = {_shell(info)}\n")
     edges.append(f"build build/{LIBRARY}: link {' '.join(objects)}\n")

@@ -50,8 +50,9 @@ def fused_moe(
         expert_offset: the id of w1[0].
         output_dtype: float16, bfloat16 or float32; x's unless given.
         out: [T, H], written and returned; has no gradient.
-        batch_invariant: the same bits for a token whatever T is. Costs nothing with "sm80".
-        backend: "auto", "sm80" (CUDA) or "cublas" (CUDA; waits for the device).
+        batch_invariant: the same bits for a token whatever T is. Costs nothing with "sm80" and "sm90".
+        backend: "auto", or on CUDA "sm80" (mma.sync), "sm90" (wgmma, on Hopper; the same bits) or
+            "cublas" (waits for the device).
 
     Returns:
         [T, H]. Differentiable in x, w1, w2, b1, b2 and topk_weights.

@@ -193,7 +193,7 @@ def cutlass_fused_moe(
     if clamped_relu2_limit is not None:
         raise ValueError("cutlass_fused_moe: clamped_relu2_limit belongs to ClampedRelu2 alone")
     if backend == "cake":
-        _refuse('backend="cake"', 'use "cutlass", "sm80" or "cublas"')
+        _refuse('backend="cake"', 'use "cutlass", "sm80", "sm90" or "cublas"')
     for name, rank, size in (("tp", tp_rank, tp_size), ("ep", ep_rank, ep_size)):
         if not 0 <= rank < size:
             raise ValueError(

@@ -14,10 +14,12 @@ from strategies import CombineCase, GemmCase, MoeCase, RouteCase
 
 import moe_ops
 from moe_ops import reference
+from moe_ops.__main__ import has
 
 
 def main(names: list[str]) -> None:
     checked = 0
+    backends = [b for b in ("sm80", "sm90") if has("cuda", b)]
     for dtype in [getattr(torch, name) for name in names] or DTYPES:
         for tokens, layout, routing, hidden in (
             (1, "contiguous", "uniform", 264),
@@ -26,12 +28,13 @@ def main(names: list[str]) -> None:
             (700, "contiguous", "idle", 72),
             (300, "transposed", "uniform", 72),
             # Row tiles of 16, 32, 64, 128 and 192 (of 132 multiprocessors: 128 and 192 columns) in
-            # the kernel for whole vectors.
+            # the kernels for whole vectors.
             (60, "contiguous", "skewed", 264),
             (160, "contiguous", "skewed", 264),
             (400, "contiguous", "masked", 264),
             (2000, "contiguous", "skewed", 72),
             (600, "contiguous", "skewed", 3072),
+            (1300, "contiguous", "skewed", 3072),
         ):
             case = MoeCase(
                 tokens=tokens, layout=layout, routing=routing, hidden=hidden, dtype=dtype,
@@ -39,8 +42,10 @@ def main(names: list[str]) -> None:
             )  # fmt: skip
             arguments = case.arguments("cuda")
             expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)
-            assert_accurate(moe_ops.fused_moe(**arguments), expected, TOLERANCE[dtype])
-            checked += 1
+            for backend in backends if hidden == 3072 else ["auto"]:
+                out = moe_ops.fused_moe(**arguments, backend=backend)
+                assert_accurate(out, expected, TOLERANCE[dtype])
+                checked += 1
         arguments = MoeCase(tokens=40, dtype=dtype, bias="float32").arguments("cuda")
         leaves = require_gradients(arguments, ["x", "w1", "w2", "b1", "b2", "topk_weights"])
         torch.autograd.grad(moe_ops.fused_moe(**arguments).float().sum(), leaves)

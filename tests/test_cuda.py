@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import DTYPES, TOLERANCE, assert_accurate, assert_same_bits, require_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import CombineCase, GemmCase, MoeCase, RouteCase
 
 import moe_ops
 from moe_ops import _library, reference
+from moe_ops.__main__ import has
 
 LAYER = MoeCase(tokens=65, topk=3, experts=8, hidden=264, intermediate=130, bias="float32")
 
@@ -182,6 +185,60 @@ def test_batch_invariant(cuda):
         part = {k: v[:count] if k in ("x", "topk_weights", "topk_ids") else v
                 for k, v in arguments.items()}  # fmt: skip
         assert_same_bits(moe_ops.fused_moe(**part, batch_invariant=True), whole[:count])
+
+
+@pytest.fixture
+def sm90(cuda):
+    if not has(cuda, "sm90"):
+        pytest.skip("needs a GPU of compute capability 9.0 and a build with code for it")
+
+
+@settings(max_examples=20)
+@given(
+    case=st.builds(
+        MoeCase,
+        tokens=st.integers(500, 2500),
+        topk=st.integers(1, 2),
+        experts=st.integers(2, 5),
+        hidden=st.sampled_from([1032, 1544, 2048]),
+        intermediate=st.sampled_from([1032, 1536]),
+        dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+        routing=st.sampled_from(["uniform", "skewed", "masked", "idle", "one_hot"]),
+        activation=st.sampled_from(["swiglu", "swiglu_oai", "gelu"]),
+        gate_layout=st.sampled_from(reference.GATE_LAYOUTS),
+        bias=st.sampled_from([None, "float32", "as x"]),
+        seed=st.integers(0, 1 << 30),
+    )
+)
+def test_sm90_has_the_bits_of_sm80(sm90, case):
+    """So that `auto` may take either, whatever T is."""
+    arguments = case.arguments("cuda")
+    expected = moe_ops.fused_moe(**arguments, backend="sm80")
+    for _ in range(2):
+        out = torch.full_like(expected, torch.nan)
+        moe_ops.fused_moe(**arguments, backend="sm90", out=out)
+        assert_same_bits(out, expected)
+
+
+@settings(max_examples=40)
+@given(
+    case=st.builds(
+        GemmCase,
+        rows=st.integers(200, 2500),
+        n=st.sampled_from([2048, 3080, 4096]),
+        k=st.sampled_from([8, 64, 72, 136, 264]),
+        experts=st.integers(1, 12),
+        dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+        offsets=st.sampled_from(["uniform", "malformed"]),
+        bias=st.sampled_from([None, "float32"]),
+        seed=st.integers(0, 1 << 30),
+    )
+)
+def test_sm90_with_short_k(sm90, case):
+    """A ring that holds several tiles' operands at once."""
+    arguments = case.arguments("cuda")
+    expected = moe_ops.grouped_gemm(**arguments, backend="sm80")
+    assert_same_bits(moe_ops.grouped_gemm(**arguments, backend="sm90"), expected)
 
 
 def planned(case, sms: int) -> tuple[int, int]:

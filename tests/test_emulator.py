@@ -251,7 +251,7 @@ SIZES = st.one_of(
 
 @st.composite
 def gemms_of_whole_vectors(draw):
-    """As gemms(), for the kernel that wants rows of whole 16-byte vectors; tiles of all heights."""
+    """As gemms(), for the kernels that want rows of whole 16-byte vectors; tiles of all heights."""
     multiples = st.integers(1, 45).map(lambda i: 8 * i)
     experts = draw(st.sampled_from([1, 3, 8]))
     return dict(
@@ -271,6 +271,7 @@ def gemms_of_whole_vectors(draw):
         misaligned=[],
         zero_other_rows=draw(st.booleans()),
         columns=draw(st.sampled_from([None, 4096])),
+        sm90=draw(st.booleans()),
     )
 
 
@@ -336,6 +337,7 @@ def gemm_places(case):
         offsets={x: out_size if x == "out" else size for x in case["misaligned"]},
         **{x: case[x] for x in ("out_dtype", "out_padding", "zero_other_rows")},
         columns=case.get("columns"),
+        sm90=case.get("sm90", False),
     )
 
 
@@ -344,7 +346,13 @@ def check_unheld_rows(out, held, zeroed):
     assert (others == 0).all() if zeroed else others.isnan().all()
 
 
+def machine_for(case, machine):
+    """wgmma's kernels are for GPUs with Hopper's shared memory alone."""
+    return machine | dict(smem_per_block=227 << 10) if case.get("sm90") else machine
+
+
 def check_grouped_gemm(emulator, case, seed, machine):
+    machine = machine_for(case, machine)
     a, b, offsets, held, arguments = gemm_inputs(case, Random(seed))
     out = twice(emulator.grouped_gemm, a, b, offsets, **arguments, **gemm_places(case), **machine)
     expected = gemm_reference(a, b, offsets, **arguments)
@@ -365,7 +373,7 @@ def test_grouped_gemm_of_whole_vectors(emulator, case, seed, machine):
 
 
 def test_the_same_bits_from_both_kernels(emulator):
-    """A bias that all but cancels, and `a` aligned or not: the sums begin and go on alike."""
+    """A bias that all but cancels, and `a` aligned or not: the sums are made and end alike."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(7, 72, generator=generator).half()
     b = torch.randn(2, 24, 72, generator=generator).half()
@@ -382,7 +390,7 @@ def test_the_same_bits_from_both_kernels(emulator):
 def test_grouped_gemm_activation(
     emulator, case, activation, gate_layout, parameters_given, seed, machine
 ):
-    random = Random(seed)
+    random, machine = Random(seed), machine_for(case, machine)
     branches = 2 if reference.ACTIVATIONS[activation].gated else 1
     a, b, offsets, held, arguments = gemm_inputs(case, random, branches)
     a, b = a / 4, (b.mT / 4).mT  # exact still, and within the activations' bends

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import moe_ops
 from moe_ops import ActivationType, cutlass_fused_moe
 from moe_ops import flashinfer as ours
+from moe_ops.__main__ import device_info
 
 GATED = {
     ActivationType.Swiglu: lambda gate, up: F.silu(gate) * up,
@@ -216,8 +217,7 @@ def test_what_may_be_given_and_changes_nothing(device):
     ones = layer | {"token_final_scales": torch.ones_like(layer["token_final_scales"])}
     none = layer | {"token_final_scales": None}
     assert torch.equal(cutlass_fused_moe(**none), cutlass_fused_moe(**ones))
-    backends = ["auto"] if device == "cpu" else ["auto", "sm80", "cublas"]
-    for backend in backends:
+    for backend in device_info(device)["backends"]:
         assert_accurate(cutlass_fused_moe(**layer, backend=backend), expected.double())
 
 

@@ -10,7 +10,10 @@ TOYS, ROUTE, SORT, COMBINE = (
 )  # fmt: skip
 MMA = "csrc/cuda/mma_tile.cuh"
 GEMM, ANY = "csrc/cuda/grouped_gemm.cuh", "csrc/cuda/grouped_gemm_any.cuh"
-SHAPE, COPIER, WARP = (f"csrc/cuda/{x}.cuh" for x in ("gemm_shape", "copier", "warp_tile"))
+SHAPE, COPIER, WARP, SUMS, WGMMA = (
+    f"csrc/cuda/{x}.cuh"
+    for x in ("gemm_shape", "copier", "warp_tile", "accumulators", "wgmma_tile")
+)
 SCAN, TILES = "csrc/cuda/block_scan.cuh", "csrc/cuda/row_tiles.cuh"
 SHAPES = "csrc/cuda/shapes.h"
 ITEMS = "csrc/cuda/items.cuh"
@@ -70,12 +73,21 @@ PLANTED = {
         MMA, "__syncthreads();  // This slot has landed", "// This slot has landed",
         properties.test_grouped_gemm),
     "slot before its copies": (
-        GEMM, "cp_async_wait<Shape::kStages - 2>();\n  __syncthreads();\n  cursor",
-        "cp_async_wait<Shape::kStages>();\n  __syncthreads();\n  cursor", whole_vectors),
+        COPIER, "cp_async_wait<Shape::kAhead - 1>", "cp_async_wait<Shape::kAhead + 1>",
+        whole_vectors),
     "slot before the others' copies": (
-        GEMM, "__syncthreads();\n  cursor.advance();", "cursor.advance();", whole_vectors),
+        COPIER, "  }\n  __syncthreads();\n}", "  }\n}", whole_vectors),
     "slot filled while it is multiplied": (
-        GEMM, "free = slot;", "free = slot + Shape::kSlotBytes;", whole_vectors),
+        COPIER, "Shape::kBehind == 1 ? slot", "Shape::kBehind == 1 ? slot + Shape::kSlotBytes",
+        whole_vectors),
+    "slot filled while wgmma reads it": (
+        COPIER, "wgmma_wait<Shape::kBehind - 1>", "wgmma_wait<Shape::kBehind>", whole_vectors),
+    "sums read before wgmma is done": (WGMMA, "ptx::wgmma_wait<0>();", "", whole_vectors),
+    "staged sums in a slot that is filled": (
+        GEMM, "if constexpr (Shape::kWgmma) __syncthreads();", "", whole_vectors),
+    "a warpgroup's rows forgotten": (
+        WGMMA, "item.row_count > first_row()", "item.row_count > first_row() + 16",
+        whole_vectors),
     "high items not taken in pieces": (
         ANY, "done += Shape::kRows", "done += p.row_tiles.height", properties.test_grouped_gemm),
     "gates and ups swapped": (
@@ -90,13 +102,13 @@ PLANTED = {
     "columns past the last copied": (
         COPIER, "(left - 1) / kPass) + 1", "(left - 1) / kPass) + 2", whole_vectors),
     "last rows not written": (
-        WARP, "|| row_of_tile >= item.row_count ||", "|| row_of_tile + 1 >= item.row_count ||",
+        SUMS, "|| row_of_tile >= item.row_count ||", "|| row_of_tile + 1 >= item.row_count ||",
         whole_vectors),
     "rows of others written": (
-        WARP, "|| row_of_tile >= item.row_count ||", "|| row_of_tile > item.row_count ||",
+        SUMS, "|| row_of_tile >= item.row_count ||", "|| row_of_tile > item.row_count ||",
         whole_vectors),
     "staged rows overwritten": (
-        WARP, "floats);\n      }\n      __syncwarp();\n", "floats);\n      }\n", whole_vectors),
+        SUMS, "floats);\n      }\n      __syncwarp();\n", "floats);\n      }\n", whole_vectors),
     "logit one too far": (
         ROUTE, "e < p.experts; e += 32) {\n    keys[e]", "e <= p.experts; e += 32) {\n    keys[e]",
         properties.test_topk_route),

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 REPORTS = [
     ROOT / "build" / f"{source.relative_to(ROOT)}.o.ptxas.txt"
     for source in sorted(ROOT.glob("csrc/cuda/**/*.cu"))
+    if "_sm90_" not in source.name or "sm90" in build_info()["backends"]
 ]
 needs_reports = pytest.mark.skipif(
     not any(report.exists() for report in REPORTS),
@@ -34,6 +35,7 @@ def test_no_kernel_spills_or_has_a_stack_frame():
 
 @needs_reports
 def test_every_source_was_compiled_for_every_target():
-    machine_code = [t for t in build_info()["cuda_targets"] if t.startswith("sm_")]
+    machine_code = {t for t in build_info()["cuda_targets"] if t.startswith("sm_")}
     for report in REPORTS:
-        assert set(re.findall(r"for '(sm_\w+)'", report.read_text())) == set(machine_code)
+        expected = {"sm_90a"} if "_sm90_" in report.name else machine_code  # wgmma's own
+        assert set(re.findall(r"for '(sm_\w+)'", report.read_text())) == expected

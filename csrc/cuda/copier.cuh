@@ -93,4 +93,40 @@ class Copier {
   int a_passes_, b_passes_;            // that have lines
 };
 
+// The slot being multiplied, and the one to be filled, for the step kAhead from there.
+template <typename Shape>
+struct Cursor {
+  __device__ explicit Cursor(uint32_t ring)
+      : begin(ring), slot(ring), free(ring + Shape::kAhead * Shape::kSlotBytes) {}
+  __device__ void advance() {
+    free = Shape::kBehind == 1 ? slot : after(free);
+    slot = after(slot);
+  }
+  __device__ uint32_t after(uint32_t at) const {
+    at += Shape::kSlotBytes;
+    return at == begin + Shape::kStages * Shape::kSlotBytes ? begin : at;
+  }
+
+  uint32_t begin, slot, free;
+};
+
+// Until the next slot has landed for all, and the next to be filled is done with: where products
+// end after the step that asks for them, that is the slot of the step before.
+template <typename Shape>
+__device__ __forceinline__ void meet() {
+  ptx::cp_async_wait<Shape::kAhead - 1>();
+  if constexpr (Shape::kBehind > 1) {
+    ptx::wgmma_wait<Shape::kBehind - 1>();
+    ptx::fence_async_proxy();
+  }
+  __syncthreads();
+}
+
+template <typename Shape>
+__device__ __forceinline__ void next_step(Copier<Shape>& copier, Cursor<Shape>& cursor) {
+  copier.end_step();
+  meet<Shape>();
+  cursor.advance();
+}
+
 }  // namespace simple_moe::cuda

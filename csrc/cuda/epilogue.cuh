@@ -12,8 +12,23 @@ __device__ __forceinline__ int64_t branch_row(const GroupedGemm& p, int64_t colu
   return (p.gate_layout == GateLayout::kGateUp) == up ? p.n + column : column;
 }
 
+// Adds a branch's bias to columns column ... column + kVector - 1 of a row of products: those
+// before the last.
+__device__ __forceinline__ void add_bias(const GroupedGemm& p, int64_t expert, int64_t column,
+                                         bool up, float (&products)[kVector]) {
+  if (!p.bias.data) return;
+  const bool gated = is_gated(p.activation.kind);
+  const int64_t first = expert * (gated ? 2 * p.n : p.n);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (column + i >= p.n) break;
+    const int64_t at = gated ? branch_row(p, column + i, up) : column + i;
+    products[i] += load_float(p.bias, first + at);
+  }
+}
+
 // Writes `rows` rows of one expert from `first_row` on, and `columns` columns from `first_column`
-// on: those there are. product(row, column, up) is a value of the tile, with its bias.
+// on: those there are. product(row, column, up) is a value of the tile.
 // All threads of the block share the work. 8 columns at a time in a rolled loop: the code of the
 // activations stands once.
 template <typename Product>
@@ -31,9 +46,11 @@ __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert
     float gate[kVector], up[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) gate[i] = product(row, j + i, false);
+    add_bias(p, expert, first_column + j, false, gate);
     if (is_gated(p.activation.kind)) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) up[i] = product(row, j + i, true);
+      add_bias(p, expert, first_column + j, true, up);
       activate_gated<kVector>(p.activation.kind, scalars, gate, up);
     } else {
       activate<kVector>(p.activation.kind, gate);

@@ -11,6 +11,9 @@ namespace simple_moe::cuda {
 // What follows from a shape.
 template <GemmTile kShape>
 struct GemmShape {
+  static constexpr GemmTile kTile = kShape;
+  static constexpr bool kWgmma = kShape.wgmma;
+  static constexpr int kBehind = kShape.behind(), kAhead = kShape.stages - kBehind;
   static constexpr int kRows = kShape.rows, kCols = kShape.cols, kDepth = kShape.depth;
   static constexpr int kStages = kShape.stages, kWarpRows = kShape.warp_rows;
   static constexpr int kWarpCols = kShape.warp_cols, kThreads = 32 * kShape.warps();
@@ -24,11 +27,13 @@ struct GemmShape {
   static constexpr int kPass = kThreads / kVectors;
   static constexpr int kPassesA = (kRows + kPass - 1) / kPass, kPassesB = kCols / kPass;
   static constexpr int kStagedRows = kShape.staged_rows(), kStagedBytes = kShape.staged_bytes();
-  static constexpr int kStagedPitch = kColsOfWarp + 4;  // floats
+  static constexpr int kStagedCols = kShape.staged_cols(),
+                       kStagedPitch = kStagedCols + 4;  // floats
   static constexpr int kStagedAt = kStages * kSlotBytes;
-  static constexpr int kQueueAt = kStagedAt + kShape.warps() * kStagedBytes;
+  static constexpr int kQueueAt = kStagedAt + kShape.staged_beside();
   static_assert(kRowsOfWarp % 16 == 0 && kColsOfWarp % 16 == 0, "fragments are 16 x 16");
   static_assert(kPass % 16 == 0 && kCols % kPass == 0, "a thread copies gates or ups, not both");
+  static_assert(!kWgmma || kShape.warps() * kStagedBytes <= kSlotBytes, "staged in a slot");
   static_assert(kDepth % 32 == 0, "fragments of b take turns in two sets of registers");
 
   // Where vector `vector` of a line lies. Lines 8 apart are permuted alike, so that fragments of

@@ -13,6 +13,8 @@ void grouped_gemm_bf16(const GroupedGemm& p, cudaStream_t stream);
 void grouped_gemm_any_f16(const GroupedGemm& p, cudaStream_t stream);
 void grouped_gemm_any_bf16(const GroupedGemm& p, cudaStream_t stream);
 void grouped_gemm_f32(const GroupedGemm& p, cudaStream_t stream);
+void grouped_gemm_sm90_f16(const GroupedGemm& p, cudaStream_t stream);
+void grouped_gemm_sm90_bf16(const GroupedGemm& p, cudaStream_t stream);
 
 namespace {
 
@@ -55,9 +57,26 @@ __global__ void __launch_bounds__(kThreads)
               [&](int row, int column, bool up) {
                 if (column >= p.n) return 0.0f;
                 const int64_t at = gated ? branch_row(p, column, up) : column;
-                const float bias = p.bias.data ? load_float(p.bias, expert * width + at) : 0.0f;
-                return product[(first + row) * width + at] + bias;
+                return product[(first + row) * width + at];
               });
+}
+
+void zero_other_rows(const GroupedGemm& p, cudaStream_t stream) {
+  if (p.zero_other_rows) {
+    launch(zero_other_rows_kernel, ceil_div(p.rows, kThreads / 32), kThreads, 0, stream, p);
+  }
+}
+
+// What grouped_gemm.cuh takes.
+bool is_whole_vectors(const GroupedGemm& p) {
+  // That kernel's strides are 32 bits wide.
+  const bool narrow = p.k < 1 << 30 && p.a_stride < 1 << 30 && p.b_row_stride < 1 << 24;
+  return narrow && p.dtype != DType::kFloat32 && p.b_col_stride == 1 && p.out_dtype == p.dtype &&
+         p.k >= kVector && p.k % kVector == 0 && p.n % kVector == 0 &&
+         rows_are_aligned(p.a, p.a_stride, p.dtype) &&
+         rows_are_aligned(p.b, p.b_row_stride, p.dtype) &&
+         rows_are_aligned(p.b, p.b_expert_stride, p.dtype) &&
+         rows_are_aligned(p.out, p.out_stride, p.out_dtype);
 }
 
 }  // namespace
@@ -69,17 +88,8 @@ void row_tiles(const GroupedGemm& p, cudaStream_t stream) {
 
 void grouped_gemm(const GroupedGemm& p, cudaStream_t stream) {
   if (p.rows == 0 || p.n == 0) return;
-  if (p.zero_other_rows) {
-    launch(zero_other_rows_kernel, (p.rows + 3) / 4, kThreads, 0, stream, p);
-  }
-  // That kernel's strides are 32 bits wide.
-  const bool narrow = p.k < 1 << 30 && p.a_stride < 1 << 30 && p.b_row_stride < 1 << 24;
-  const bool whole_vectors = narrow && p.b_col_stride == 1 && p.out_dtype == p.dtype &&
-                             p.k >= kVector && p.k % kVector == 0 && p.n % kVector == 0 &&
-                             rows_are_aligned(p.a, p.a_stride, p.dtype) &&
-                             rows_are_aligned(p.b, p.b_row_stride, p.dtype) &&
-                             rows_are_aligned(p.b, p.b_expert_stride, p.dtype) &&
-                             rows_are_aligned(p.out, p.out_stride, p.out_dtype);
+  zero_other_rows(p, stream);
+  const bool whole_vectors = is_whole_vectors(p);
   switch (p.dtype) {
     case DType::kFloat16:
       return whole_vectors ? grouped_gemm_f16(p, stream) : grouped_gemm_any_f16(p, stream);
@@ -89,6 +99,20 @@ void grouped_gemm(const GroupedGemm& p, cudaStream_t stream) {
       return grouped_gemm_f32(p, stream);
   }
 }
+
+#ifdef SIMPLE_MOE_SM90
+bool has_sm90() {
+  const DeviceInfo& device = device_info();
+  return device.major == 9 && device.minor == 0 && device.smem_per_block >= 227 << 10;
+}
+
+void grouped_gemm_sm90(const GroupedGemm& p, cudaStream_t stream) {
+  // Few rows wait for memory, and the sm80 backend's tiles suit them better.
+  if (p.row_tiles.height < 128 || !is_whole_vectors(p) || p.n == 0) return grouped_gemm(p, stream);
+  zero_other_rows(p, stream);
+  p.dtype == DType::kFloat16 ? grouped_gemm_sm90_f16(p, stream) : grouped_gemm_sm90_bf16(p, stream);
+}
+#endif
 
 void grouped_gemm_epilogue(const GroupedGemm& p, const float* product, int64_t first_row,
                            int64_t rows, int64_t expert, cudaStream_t stream) {

@@ -37,17 +37,7 @@ __device__ __forceinline__ int64_t weight_row(const GroupedGemm& p, int column_t
   return output < p.n ? branch_row(p, output, up) : -1;
 }
 
-// What a bias adds to the column of a tile's first product.
-template <int kCols>
-__device__ __forceinline__ float bias_of(const GroupedGemm& p, const Item& item, int column) {
-  const int64_t row = weight_row<kCols>(p, item.column_tile, column);
-  const int64_t rows_of_b = is_gated(p.activation.kind) ? 2 * p.n : p.n;
-  return row < 0 ? 0.0f : load_float(p.bias, item.expert * rows_of_b + row);
-}
-
-// Items may be higher than the product's tile: they are taken in pieces. `multiply` begins at the
-// bias, as the kernel for whole vectors does, so that a layer's bits don't depend on which of the
-// two a call gets.
+// Items may be higher than the product's tile: they are taken in pieces.
 template <typename Product, typename Multiply>
 __device__ __forceinline__ void for_each_item(const GroupedGemm& p, const Divisor& column_tiles,
                                               bool out_aligned, const Multiply& multiply) {
@@ -90,9 +80,6 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
     grouped_gemm_any_kernel(const GroupedGemm p, const Divisor column_tiles, Alignment aligned) {
   for_each_item<MmaTile<T, Shape>>(
       p, column_tiles, aligned.out, [&](auto& product, const Item& item, unsigned char* smem) {
-        if (p.bias.data) {
-          product.begin([&](int column) { return bias_of<Shape::kCols>(p, item, column); });
-        }
         using A = KMajor<T, Shape::kRows, Shape::kDepth>;
         A a{.lines = {}, .k = p.k, .aligned = aligned.a};
 #pragma unroll

@@ -1,4 +1,4 @@
-#include "grouped_gemm.cuh"
+#include "grouped_gemm_sm80.cuh"
 
 namespace simple_moe::cuda {
 

@@ -11,9 +11,6 @@ __global__ void __launch_bounds__(SimtShape::kThreads)
         const float* const rows = static_cast<const float*>(p.a);
         const float* const weights =
             static_cast<const float*>(p.b) + item.expert * p.b_expert_stride;
-        if (p.bias.data) {
-          product.begin([&](int column) { return bias_of<SimtShape::kCols>(p, item, column); });
-        }
         product.multiply(
             [&](int row, int64_t k) {
               if (row >= item.row_count) return 0.0f;

@@ -134,21 +134,6 @@ class MmaTile {
  public:
   using Shape = Shape_;
 
-  // Where the sums begin, by the tile's column; at zero otherwise.
-  template <typename Begin>
-  __device__ void begin(const Begin& of_column) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int j = 0; j < kJ; ++j) {
-#pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        const float value = of_column(warp_col() + j * 8 + lane % 4 * 2 + q);
-#pragma unroll
-        for (int i = 0; i < kI; ++i) acc_[i][j][q] = acc_[i][j][q + 2] = value;
-      }
-    }
-  }
-
   // `smem`: Shape::kBytes, in nobody's use.
   template <typename A, typename B>
   __device__ void multiply(const A& a, const B& b, int64_t k, unsigned char* smem) {

@@ -20,6 +20,9 @@ void topk_route(const TopkRoute& p, cudaStream_t stream);
 void sort_by_expert(const SortByExpert& p, cudaStream_t stream);
 void row_tiles(const GroupedGemm& p, cudaStream_t stream);  // p.row_tiles of p.expert_offsets
 void grouped_gemm(const GroupedGemm& p, cudaStream_t stream);
+// The same by wgmma, in builds with code for sm_90a and where has_sm90().
+bool has_sm90();
+void grouped_gemm_sm90(const GroupedGemm& p, cudaStream_t stream);
 void grouped_gemm_wgrad(const GroupedGemmWgrad& p, cudaStream_t stream);
 void combine(const Combine& p, cudaStream_t stream);
 

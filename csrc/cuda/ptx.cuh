@@ -71,6 +71,18 @@ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
+// Two of them in a word, the first in its low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t y;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  }
+  return y;
+}
+
 // ---- cp.async: global -> shared without registers ----
 
 // 16 bytes, both addresses 16-byte aligned; zeros where not `valid` (then global is not read).
@@ -124,6 +136,95 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
+}
+
+// ---- wgmma (sm_90a): products of a warpgroup, which end some time after they were asked for ----
+
+// Before the first of them: of what the threads have written to the sums.
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until at most kPending of the warpgroup's committed groups have not ended.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Nobody reads the sums before this, in the compiler's eyes too.
+template <int kJ>
+__device__ __forceinline__ void wgmma_done(float (&d)[kJ][4]) {
+#pragma unroll
+  for (int j = 0; j < kJ; ++j)
+    asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
+}
+
+// What this thread's copies have brought to shared memory is there for wgmma too, after a barrier.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// An operand in shared memory: lines of 64 k (128 bytes) behind one another, their vectors permuted
+// by XOR with the line's number % 8 (128-byte swizzle), 1024 bytes from 8 lines to the next 8.
+__device__ __forceinline__ uint64_t wgmma_operand(uint32_t smem) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kStride = uint64_t{1024 >> 4} << 32;
+  return kSwizzle128 | kStride | uint64_t{1} << 16 | (smem & 0x3FFFF) >> 4;
+}
+
+// So many bytes further on, a multiple of 16.
+__device__ __forceinline__ uint64_t advance(uint64_t operand, int bytes) {
+  return operand + (bytes >> 4);
+}
+
+#define SIMPLE_MOE_SUMS_4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define SIMPLE_MOE_SUMS_16(j) \
+  SIMPLE_MOE_SUMS_4(j), SIMPLE_MOE_SUMS_4(j + 1), SIMPLE_MOE_SUMS_4(j + 2), SIMPLE_MOE_SUMS_4(j + 3)
+#define SIMPLE_MOE_SUMS_32(j) SIMPLE_MOE_SUMS_16(j), SIMPLE_MOE_SUMS_16(j + 4)
+#define SIMPLE_MOE_SUMS_64(j) SIMPLE_MOE_SUMS_32(j), SIMPLE_MOE_SUMS_32(j + 8)
+#define SIMPLE_MOE_NAMES_64                                                          \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"             \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SIMPLE_MOE_NAMES_96                                                          \
+  SIMPLE_MOE_NAMES_64                                                                \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define SIMPLE_MOE_NAMES_128                                                                     \
+  SIMPLE_MOE_NAMES_96                                                                            \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
+  "%127"
+#define SIMPLE_MOE_WGMMA(columns, type, sums, a_name, b_name, ...)                             \
+  asm volatile("{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned.m64n" columns \
+               "k16.f32." type "." type " {" sums "}, " a_name ", " b_name ", p, 1, 1, 0, 0;}" \
+               : __VA_ARGS__                                                                   \
+               : "l"(a), "l"(b)                                                                \
+               : "memory")
+
+// d[64, 8 kJ] += a[64, 16] * b[8 kJ, 16].T, float32 accumulators: a warp has 16 of the rows, and of
+// each 8 columns what mma_m16n8k16 gives it.
+template <typename T, int kJ>
+__device__ __forceinline__ void wgmma(float (&d)[kJ][4], uint64_t a, uint64_t b) {
+  constexpr bool kBfloat = std::is_same_v<T, bf16>;
+  static_assert(kJ == 16 || kJ == 24 || kJ == 32);
+  if constexpr (kJ == 16 && kBfloat)
+    SIMPLE_MOE_WGMMA("128", "bf16", SIMPLE_MOE_NAMES_64, "%64", "%65", SIMPLE_MOE_SUMS_64(0));
+  if constexpr (kJ == 16 && !kBfloat)
+    SIMPLE_MOE_WGMMA("128", "f16", SIMPLE_MOE_NAMES_64, "%64", "%65", SIMPLE_MOE_SUMS_64(0));
+  if constexpr (kJ == 24 && kBfloat)
+    SIMPLE_MOE_WGMMA("192", "bf16", SIMPLE_MOE_NAMES_96, "%96", "%97", SIMPLE_MOE_SUMS_64(0),
+                     SIMPLE_MOE_SUMS_32(16));
+  if constexpr (kJ == 24 && !kBfloat)
+    SIMPLE_MOE_WGMMA("192", "f16", SIMPLE_MOE_NAMES_96, "%96", "%97", SIMPLE_MOE_SUMS_64(0),
+                     SIMPLE_MOE_SUMS_32(16));
+  if constexpr (kJ == 32 && kBfloat)
+    SIMPLE_MOE_WGMMA("256", "bf16", SIMPLE_MOE_NAMES_128, "%128", "%129", SIMPLE_MOE_SUMS_64(0),
+                     SIMPLE_MOE_SUMS_64(16));
+  if constexpr (kJ == 32 && !kBfloat)
+    SIMPLE_MOE_WGMMA("256", "f16", SIMPLE_MOE_NAMES_128, "%128", "%129", SIMPLE_MOE_SUMS_64(0),
+                     SIMPLE_MOE_SUMS_64(16));
 }
 
 // ---- programmatic dependent launch (SM90 on; before, kernels never overlap) ----

@@ -19,18 +19,21 @@ namespace simple_moe::cuda {
 // multiprocessor.
 struct GemmTile {
   int rows, cols, depth, stages, warp_rows, warp_cols, blocks;
+  bool wgmma = false;  // else mma.sync
 
   constexpr int warps() const { return warp_rows * warp_cols; }
   constexpr int slot_bytes() const { return (rows + cols) * depth * 2; }
-  // Rows of a warp's sums in float32, enough for all lanes, padded by 16 bytes against bank
-  // conflicts.
+  // Part of a warp's sums in float32, enough for all lanes, rows padded by 16 bytes against bank
+  // conflicts. wgmma's go into the ring: its tiles leave no room beside it.
   constexpr int staged_rows() const { return cols / warp_cols > 32 ? 8 : 16; }
-  constexpr int staged_bytes() const { return staged_rows() * (cols / warp_cols + 4) * 4; }
+  constexpr int staged_cols() const { return cols / warp_cols / (wgmma ? 2 : 1); }
+  constexpr int staged_bytes() const { return staged_rows() * (staged_cols() + 4) * 4; }
+  constexpr int staged_beside() const { return wgmma ? 0 : warps() * staged_bytes(); }
   // Items whose copies have begun and whose products have not ended, and the next.
   constexpr int queue() const { return stages + 3; }
-  constexpr int bytes() const {
-    return stages * slot_bytes() + warps() * staged_bytes() + queue() * 16;
-  }
+  // So many steps after its product was begun a slot is filled again: wgmma's ends a step later.
+  constexpr int behind() const { return wgmma ? 2 : 1; }
+  constexpr int bytes() const { return stages * slot_bytes() + staged_beside() + queue() * 16; }
 };
 
 // Of one height the best first, where it fits and there is enough to do.

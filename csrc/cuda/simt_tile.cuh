@@ -19,17 +19,6 @@ class SimtTile {
  public:
   using Shape = SimtShape;
 
-  // As MmaTile's.
-  template <typename Begin>
-  __device__ void begin(const Begin& of_column) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float value = of_column(column(j));
-#pragma unroll
-      for (int i = 0; i < 8; ++i) acc_[i][j] = value;
-    }
-  }
-
   // a(row, k) and b(column, k) give elements, zero where there are none.
   template <typename A, typename B>
   __device__ void multiply(const A& a, const B& b, int64_t k, unsigned char* smem) {

@@ -29,6 +29,7 @@ FLAGS = [
     "-fsanitize=address,alignment",
     "-fno-sanitize-recover=all",
     "-ffp-contract=off",
+    "-DSIMPLE_MOE_SM90",
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",
@@ -230,7 +231,7 @@ class Emulator:
                      activation="identity", gate_layout="gate_up",
                      alpha=None, beta=None, limit=None, row_weights=None, out_dtype=None,
                      out_padding=0, zero_other_rows=True, columns=None,
-                     topk_ids=None, expert_offset=0, **machine):  # fmt: skip
+                     topk_ids=None, expert_offset=0, sm90=False, **machine):  # fmt: skip
         """alpha, beta, limit: tensors, one value per expert. `out_padding`: elements between rows.
         `columns`: of the layer, for which the row tiles are planned. `topk_ids`: of one token, in
         the place of expert_offsets."""
@@ -246,7 +247,7 @@ class Emulator:
                        b_row_stride=b.stride(1), b_col_stride=b.stride(2),
                        activation=ACTIVATIONS.index(activation),
                        gate_layout=GATE_LAYOUTS.index(gate_layout), out_stride=n + out_padding,
-                       zero_other_rows=zero_other_rows, columns=columns or n,
+                       zero_other_rows=zero_other_rows, columns=columns or n, sm90=sm90,
                        **_id_scalars(topk_ids, expert_offset),
                        **dict(alpha=0, beta=0, limit=0) | entry.defaults)  # fmt: skip
         out = torch.empty_strided((rows, n), (n + out_padding, 1), dtype=out_dtype or a.dtype)

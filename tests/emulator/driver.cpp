@@ -160,7 +160,7 @@ void grouped_gemm(Request& r) {
     p.row_tiles.head = reinterpret_cast<RowTilesHead*>(r.scratch<int32_t>(p.row_tiles.bytes() / 4));
     if (p.rows > 0) cuda::row_tiles(p, nullptr);
   }
-  cuda::grouped_gemm(p, nullptr);
+  r.scalar("sm90") ? cuda::grouped_gemm_sm90(p, nullptr) : cuda::grouped_gemm(p, nullptr);
 }
 
 void grouped_gemm_wgrad(Request& r) {

@@ -273,6 +273,11 @@ inline f16 from_float<f16>(float x) {
   return {std::bit_cast<uint16_t>(static_cast<_Float16>(x))};
 }
 
+template <typename T>
+uint32_t pack(float low, float high) {
+  return static_cast<uint32_t>(from_float<T>(high).bits) << 16 | from_float<T>(low).bits;
+}
+
 inline unsigned char* smem_pointer(uint32_t address) { return emulator::shared_memory + address; }
 
 inline void cp_async_16(uint32_t address, const void* global, bool valid, EMULATOR_WHERE) {
@@ -346,6 +351,56 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
                        [](emulator::MmaOperands*(&lanes)[32]) {
                          emulator::multiply(lanes, [](uint16_t bits) { return to_float(T{bits}); });
                        });
+}
+
+// wgmma's products happen as late as they may: when they are waited for. Then they read shared
+// memory, and until then the sums are anybody's guess.
+inline void wgmma_fence() { emulator::maybe_switch(); }
+inline void wgmma_commit() {
+  emulator::maybe_switch();
+  emulator::Thread& thread = *emulator::current;
+  thread.committed_products.push_back(std::move(thread.open_products));
+  thread.open_products.clear();
+}
+template <int kPending>
+void wgmma_wait() {
+  emulator::maybe_switch();
+  auto& groups = emulator::current->committed_products;
+  for (; groups.size() > kPending; groups.erase(groups.begin())) {
+    for (const std::function<void()>& product : groups.front()) product();
+  }
+}
+template <int kJ>
+void wgmma_done(float (&)[kJ][4]) {}
+inline void fence_async_proxy() {}
+
+// The address of the first line, and of the 16 k in it.
+inline uint64_t wgmma_operand(uint32_t smem) {
+  if (smem % 1024) emulator::fail("a misaligned operand", "wgmma", emulator::Where::current());
+  return smem;
+}
+inline uint64_t advance(uint64_t operand, int bytes) { return operand + bytes; }
+
+template <typename T, int kJ>
+void wgmma(float (&d)[kJ][4], uint64_t a, uint64_t b, EMULATOR_WHERE) {
+  emulator::vote("wgmma", 0xffffffffu, 0, where);  // of whole warps
+  const auto multiply = [&d, a, b] {
+    const auto value = [](uint64_t operand, int line, int k) {
+      uint32_t at = static_cast<uint32_t>(operand) + line * 128 + k * 2;
+      at ^= (at / 128 % 8) * 16;
+      T element;
+      std::memcpy(&element, smem_pointer(at), 2);
+      return to_float(element);
+    };
+    const int warp = emulator::current->number / 32 % 4, lane = emulator::lane_id();
+    for (int j = 0; j < kJ; ++j) {
+      for (int q = 0; q < 4; ++q) {
+        const int row = warp * 16 + lane / 4 + q / 2 * 8, column = j * 8 + lane % 4 * 2 + q % 2;
+        for (int k = 0; k < 16; ++k) d[j][q] += value(a, row, k) * value(b, column, k);
+      }
+    }
+  };
+  emulator::current->open_products.push_back(multiply);
 }
 
 // A kernel runs when those before it are done.

@@ -27,6 +27,8 @@ struct Thread {
   void* operands;  // of the collective, on this thread's stack
   std::vector<Copy> open_group;
   std::vector<std::vector<Copy>> committed_groups;  // the oldest first
+  std::vector<std::function<void()>> open_products;
+  std::vector<std::vector<std::function<void()>>> committed_products;  // the oldest first
   void* stack_pointer;
   void* asan_stack;
 };

@@ -1,0 +1,152 @@
+// A tile's sums in its warps' registers, and what becomes of them.
+#pragma once
+
+#include "gemm_shape.cuh"
+#include "ptx.cuh"
+
+namespace simple_moe::cuda {
+
+// A warp's part of a tile. Lane l has, of each 16 rows and 8 columns, two columns from l % 4 * 2 on
+// of rows l / 4 and l / 4 + 8.
+template <typename T, typename Shape_>
+class Accumulators {
+ public:
+  using Shape = Shape_;
+  static constexpr int kI = Shape::kI, kJ = Shape::kJ;
+  // What is finished at a time: kStagedRows rows of kStagedCols columns.
+  static constexpr int kPiecesOfRow = Shape::kColsOfWarp / Shape::kStagedCols;
+  static constexpr int kPieces = Shape::kRowsOfWarp / Shape::kStagedRows * kPiecesOfRow;
+
+  // The tile's row where this warp's 16 rows number `i` begin: the warps take turns, so that all
+  // have as much to do where the tile has few rows.
+  __device__ static int row(int i) {
+    const int warp_row = static_cast<int>(threadIdx.x) / 32 / Shape::kWarpCols;
+    return (i * Shape::kWarpRows + warp_row) * 16;
+  }
+  __device__ static int column() {
+    return static_cast<int>(threadIdx.x) / 32 % Shape::kWarpCols * Shape::kColsOfWarp;
+  }
+
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kI; ++i) {
+#pragma unroll
+      for (int j = 0; j < kJ; ++j)
+        acc_[i][j][0] = acc_[i][j][1] = acc_[i][j][2] = acc_[i][j][3] = 0;
+    }
+  }
+
+  // Bias, activation, routing weight, rounding: a few rows at a time through `staged`, this warp's
+  // own, so that a thread gets 8 neighbouring columns and the code of the activations stands once.
+  __device__ void finish(const GroupedGemm& p, const Item& item, unsigned char* staged) const {
+    // The routing weight of a lane's row of the piece: it has a piece's time to come.
+    const auto weight_of = [&](int piece) {
+      const int row_of_tile = first_row(piece) + threadIdx.x % Shape::kStagedRows;
+      const bool there = p.row_weights.data && row_of_tile < item.row_count;
+      return there ? load_float(p.row_weights, item.row_begin + row_of_tile) : 1.0f;
+    };
+    float next_weight = weight_of(0);
+    float* const floats = reinterpret_cast<float*>(staged);
+#pragma unroll 1
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (first_row(piece) >= item.row_count) break;
+      const float weight = next_weight;
+      next_weight = weight_of(piece + 1);
+      stage(piece, floats);
+      __syncwarp();
+      if (is_gated(p.activation.kind)) {
+        store<true>(p, item, piece, weight, floats);
+      } else {
+        store<false>(p, item, piece, weight, floats);
+      }
+      __syncwarp();
+    }
+  }
+
+ protected:
+  float acc_[kI][kJ][4];
+
+ private:
+  static constexpr int kStagedJ = Shape::kStagedCols / 8;
+  // Where the staged groups of 8 columns lie: the even ones, then the odd ones, shifted by four
+  // banks. So gates stand apart from ups, and neither side's accesses meet in a bank more than
+  // twice.
+  static constexpr int kOddAt = Shape::kStagedCols / 2 + 4;
+
+  // A branch for each, or the accumulators would have to be chosen one by one: no index of an array
+  // in registers may be a variable.
+  template <int kPiece = 0>
+  __device__ void stage(int piece, float* floats) const {
+    if constexpr (kPiece < kPieces) {
+      if (piece != kPiece) return stage<kPiece + 1>(piece, floats);
+      const int lane = threadIdx.x % 32;
+      float* const to = floats + lane / 4 * Shape::kStagedPitch + lane % 4 * 2;
+#pragma unroll
+      for (int row = 0; row < Shape::kStagedRows; row += 8) {
+        constexpr int kFirst = kPiece / kPiecesOfRow * Shape::kStagedRows;
+#pragma unroll
+        for (int j = 0; j < kStagedJ; ++j) {
+          const int of_warp = kPiece % kPiecesOfRow * kStagedJ + j;
+          const float* const from = acc_[kFirst / 16][of_warp] + (kFirst + row) % 16 / 8 * 2;
+          *reinterpret_cast<float2*>(to + row * Shape::kStagedPitch + j % 2 * kOddAt +
+                                     j / 2 * 8) = {from[0], from[1]};
+        }
+      }
+    }
+  }
+
+  // The tile's row where a piece begins.
+  __device__ static int first_row(int piece) {
+    const int first = piece / kPiecesOfRow * Shape::kStagedRows;
+    return row(first / 16) + first % 16;
+  }
+
+  // The staged rows of a piece. `weight` is that of row lane % kStagedRows.
+  template <bool kGated>
+  __device__ static void store(const GroupedGemm& p, const Item& item, int piece, float weight,
+                               const float* floats) {
+    constexpr int kVectors = kGated ? kStagedJ / 2 : kStagedJ;  // of a row
+    const int column_of_tile = column() + piece % kPiecesOfRow * Shape::kStagedCols;
+    const int first_column = (item.column_tile * Shape::kCols + column_of_tile) / (kGated ? 2 : 1);
+#pragma unroll 1
+    for (int first = 0; first < Shape::kStagedRows * kVectors; first += 32) {
+      const int number = first + threadIdx.x % 32;
+      const int row_of_piece = number / kVectors, vector = number % kVectors;
+      const float of_row = __shfl_sync(0xffffffffu, weight, row_of_piece);
+      const int row_of_tile = first_row(piece) + row_of_piece;
+      const int column = first_column + vector * kVector;
+      if (row_of_piece >= Shape::kStagedRows || row_of_tile >= item.row_count || column >= p.n)
+        continue;
+      const float* const from = floats + row_of_piece * Shape::kStagedPitch;
+      float values[kVector];
+      if constexpr (kGated) {
+        float ups[kVector];
+        load_vector(from + vector * kVector, values);
+        load_vector(from + kOddAt + vector * kVector, ups);
+        add_bias(p, item.expert, column, false, values);
+        add_bias(p, item.expert, column, true, ups);
+        activate_gated<kVector>(p.activation.kind, scalars_of(p.activation, item.expert), values,
+                                ups);
+      } else {
+        load_vector(from + vector % 2 * kOddAt + vector / 2 * kVector, values);
+        add_bias(p, item.expert, column, false, values);
+        activate<kVector>(p.activation.kind, values);
+      }
+      const uint4 packed = {ptx::pack<T>(values[0] * of_row, values[1] * of_row),
+                            ptx::pack<T>(values[2] * of_row, values[3] * of_row),
+                            ptx::pack<T>(values[4] * of_row, values[5] * of_row),
+                            ptx::pack<T>(values[6] * of_row, values[7] * of_row)};
+      const int64_t to = (item.row_begin + row_of_tile) * p.out_stride + column;
+      *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to) = packed;
+    }
+  }
+
+  __device__ static void load_vector(const float* from, float (&values)[kVector]) {
+    const float4 low = reinterpret_cast<const float4*>(from)[0];
+    const float4 high = reinterpret_cast<const float4*>(from)[1];
+    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+  }
+};
+
+}  // namespace simple_moe::cuda
