@@ -36,30 +36,41 @@ class Accumulators {
     }
   }
 
+  // The routing weight of a lane's row of a piece.
+  __device__ static float weight_of(const GroupedGemm& p, const Item& item, int piece) {
+    const int row_of_tile = first_row(piece) + threadIdx.x % Shape::kStagedRows;
+    const bool there = p.row_weights.data && row_of_tile < item.row_count;
+    return there ? load_float(p.row_weights, item.row_begin + row_of_tile) : 1.0f;
+  }
+
   // Bias, activation, routing weight, rounding: a few rows at a time through `staged`, this warp's
   // own, so that a thread gets 8 neighbouring columns and the code of the activations stands once.
-  __device__ void finish(const GroupedGemm& p, const Item& item, unsigned char* staged) const {
-    // The routing weight of a lane's row of the piece: it has a piece's time to come.
-    const auto weight_of = [&](int piece) {
-      const int row_of_tile = first_row(piece) + threadIdx.x % Shape::kStagedRows;
-      const bool there = p.row_weights.data && row_of_tile < item.row_count;
-      return there ? load_float(p.row_weights, item.row_begin + row_of_tile) : 1.0f;
-    };
-    float next_weight = weight_of(0);
+  // But the two that most layers have stand apart: what tells the others apart takes longer than
+  // they do. `weight`: weight_of the first piece.
+  __device__ void finish(const GroupedGemm& p, const Item& item, unsigned char* staged,
+                         float weight) const {
     float* const floats = reinterpret_cast<float*>(staged);
 #pragma unroll 1
     for (int piece = 0; piece < kPieces; ++piece) {
       if (first_row(piece) >= item.row_count) break;
-      const float weight = next_weight;
-      next_weight = weight_of(piece + 1);
+      const float next_weight = weight_of(p, item, piece + 1);  // It has a piece's time to come.
       stage(piece, floats);
       __syncwarp();
-      if (is_gated(p.activation.kind)) {
-        store<true>(p, item, piece, weight, floats);
+      if (p.bias.data) {
+        add_staged_bias(p, item, piece, floats);
+        __syncwarp();
+      }
+      if (Shape::kWgmma && p.activation.kind == Activation::kIdentity) {
+        store<false, true>(p, item, piece, weight, floats);
+      } else if (Shape::kWgmma && p.activation.kind == Activation::kSwiglu) {
+        store<true, true>(p, item, piece, weight, floats);
+      } else if (is_gated(p.activation.kind)) {
+        store<true, false>(p, item, piece, weight, floats);
       } else {
-        store<false>(p, item, piece, weight, floats);
+        store<false, false>(p, item, piece, weight, floats);
       }
       __syncwarp();
+      weight = next_weight;
     }
   }
 
@@ -95,49 +106,69 @@ class Accumulators {
     }
   }
 
+  // A lane a column. Apart from the loops that store: most layers have no bias.
+  __device__ static void add_staged_bias(const GroupedGemm& p, const Item& item, int piece,
+                                         float* floats) {
+    const int64_t first = item.expert * (is_gated(p.activation.kind) ? 2 * p.n : p.n);
+#pragma unroll 1
+    for (int column = threadIdx.x % 32; column < Shape::kStagedCols; column += 32) {
+      const int line = column_of_piece(piece) + column;
+      if (column_of_line<Shape>(p, item, line) >= p.n) continue;
+      const float bias = load_float(p.bias, first + row_of_line<Shape>(p, item, line));
+      float* const to = floats + column / 8 % 2 * kOddAt + column / 16 * 8 + column % 8;
+      for (int row = 0; row < Shape::kStagedRows; ++row) to[row * Shape::kStagedPitch] += bias;
+    }
+  }
+
+  __device__ static int column_of_piece(int piece) {
+    return column() + piece % kPiecesOfRow * Shape::kStagedCols;
+  }
   // The tile's row where a piece begins.
   __device__ static int first_row(int piece) {
     const int first = piece / kPiecesOfRow * Shape::kStagedRows;
     return row(first / 16) + first % 16;
   }
 
-  // The staged rows of a piece. `weight` is that of row lane % kStagedRows.
-  template <bool kGated>
+  // The staged rows of a piece, some at once, a lane a vector. `weight` is that of row lane %
+  // kStagedRows. kCommon: the activation is kSwiglu or kIdentity.
+  template <bool kGated, bool kCommon>
   __device__ static void store(const GroupedGemm& p, const Item& item, int piece, float weight,
                                const float* floats) {
     constexpr int kVectors = kGated ? kStagedJ / 2 : kStagedJ;  // of a row
+    constexpr int kAtOnce = 32 / kVectors;
+    const int lane = threadIdx.x % 32, vector = lane % kVectors;
     const int column_of_tile = column() + piece % kPiecesOfRow * Shape::kStagedCols;
-    const int first_column = (item.column_tile * Shape::kCols + column_of_tile) / (kGated ? 2 : 1);
-#pragma unroll 1
-    for (int first = 0; first < Shape::kStagedRows * kVectors; first += 32) {
-      const int number = first + threadIdx.x % 32;
-      const int row_of_piece = number / kVectors, vector = number % kVectors;
-      const float of_row = __shfl_sync(0xffffffffu, weight, row_of_piece);
-      const int row_of_tile = first_row(piece) + row_of_piece;
-      const int column = first_column + vector * kVector;
-      if (row_of_piece >= Shape::kStagedRows || row_of_tile >= item.row_count || column >= p.n)
-        continue;
-      const float* const from = floats + row_of_piece * Shape::kStagedPitch;
-      float values[kVector];
-      if constexpr (kGated) {
-        float ups[kVector];
-        load_vector(from + vector * kVector, values);
-        load_vector(from + kOddAt + vector * kVector, ups);
-        add_bias(p, item.expert, column, false, values);
-        add_bias(p, item.expert, column, true, ups);
-        activate_gated<kVector>(p.activation.kind, scalars_of(p.activation, item.expert), values,
-                                ups);
-      } else {
-        load_vector(from + vector % 2 * kOddAt + vector / 2 * kVector, values);
-        add_bias(p, item.expert, column, false, values);
-        activate<kVector>(p.activation.kind, values);
+    const int column =
+        (item.column_tile * Shape::kCols + column_of_tile) / (kGated ? 2 : 1) + vector * kVector;
+    const bool there = lane < kAtOnce * kVectors && column < p.n;
+    const int first = first_row(piece);
+#pragma unroll(kCommon&& Shape::kWgmma ? 2 : 1)
+    for (int row = lane / kVectors; row - lane / kVectors < Shape::kStagedRows; row += kAtOnce) {
+      const float of_row = __shfl_sync(0xffffffffu, weight, row);
+      if (there && first + row < item.row_count && row < Shape::kStagedRows) {
+        const float* const from = floats + row * Shape::kStagedPitch;
+        float values[kVector];
+        if constexpr (kGated) {
+          float ups[kVector];
+          load_vector(from + vector * kVector, values);
+          load_vector(from + kOddAt + vector * kVector, ups);
+          if constexpr (kCommon) {
+            activate_gated<kVector>(Activation::kSwiglu, {}, values, ups);
+          } else {
+            activate_gated<kVector>(p.activation.kind, scalars_of(p.activation, item.expert),
+                                    values, ups);
+          }
+        } else {
+          load_vector(from + vector % 2 * kOddAt + vector / 2 * kVector, values);
+          if constexpr (!kCommon) activate<kVector>(p.activation.kind, values);
+        }
+        const int64_t to = (item.row_begin + first + row) * p.out_stride + column;
+        *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to) = {
+            ptx::pack<T>(values[0] * of_row, values[1] * of_row),
+            ptx::pack<T>(values[2] * of_row, values[3] * of_row),
+            ptx::pack<T>(values[4] * of_row, values[5] * of_row),
+            ptx::pack<T>(values[6] * of_row, values[7] * of_row)};
       }
-      const uint4 packed = {ptx::pack<T>(values[0] * of_row, values[1] * of_row),
-                            ptx::pack<T>(values[2] * of_row, values[3] * of_row),
-                            ptx::pack<T>(values[4] * of_row, values[5] * of_row),
-                            ptx::pack<T>(values[6] * of_row, values[7] * of_row)};
-      const int64_t to = (item.row_begin + row_of_tile) * p.out_stride + column;
-      *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to) = packed;
     }
   }
 

@@ -12,19 +12,13 @@ __device__ __forceinline__ int64_t branch_row(const GroupedGemm& p, int64_t colu
   return (p.gate_layout == GateLayout::kGateUp) == up ? p.n + column : column;
 }
 
-// Adds a branch's bias to columns column ... column + kVector - 1 of a row of products: those
-// before the last.
-__device__ __forceinline__ void add_bias(const GroupedGemm& p, int64_t expert, int64_t column,
-                                         bool up, float (&products)[kVector]) {
-  if (!p.bias.data) return;
+// A product with its bias, if there is one.
+__device__ __forceinline__ float with_bias(float product, const GroupedGemm& p, int64_t expert,
+                                           int64_t column, bool up) {
+  if (!p.bias.data || column >= p.n) return product;
   const bool gated = is_gated(p.activation.kind);
-  const int64_t first = expert * (gated ? 2 * p.n : p.n);
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    if (column + i >= p.n) break;
-    const int64_t at = gated ? branch_row(p, column + i, up) : column + i;
-    products[i] += load_float(p.bias, first + at);
-  }
+  return product + load_float(p.bias, gated ? expert * 2 * p.n + branch_row(p, column, up)
+                                            : expert * p.n + column);
 }
 
 // Writes `rows` rows of one expert from `first_row` on, and `columns` columns from `first_column`
@@ -45,12 +39,14 @@ __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert
     const int count = left < kVector ? static_cast<int>(left) : kVector;
     float gate[kVector], up[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) gate[i] = product(row, j + i, false);
-    add_bias(p, expert, first_column + j, false, gate);
+    for (int i = 0; i < kVector; ++i) {
+      gate[i] = with_bias(product(row, j + i, false), p, expert, first_column + j + i, false);
+    }
     if (is_gated(p.activation.kind)) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) up[i] = product(row, j + i, true);
-      add_bias(p, expert, first_column + j, true, up);
+      for (int i = 0; i < kVector; ++i) {
+        up[i] = with_bias(product(row, j + i, true), p, expert, first_column + j + i, true);
+      }
       activate_gated<kVector>(p.activation.kind, scalars, gate, up);
     } else {
       activate<kVector>(p.activation.kind, gate);

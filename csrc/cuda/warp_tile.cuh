@@ -19,6 +19,8 @@ class WarpTile : public Accumulators<T, Shape> {
     return __shfl_sync(0xffffffffu, live, 0);
   }
 
+  __device__ void settle() {}
+
   // One item's product.
   __device__ void multiply_item(int steps, int live, Copier<Shape>& copier, Cursor<Shape>& cursor) {
     load_first(cursor.slot);

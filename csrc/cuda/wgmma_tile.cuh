@@ -20,7 +20,8 @@ class WgmmaTile : public Accumulators<T, Shape> {
     return __shfl_sync(0xffffffffu, item.row_count > first_row(), 0);
   }
 
-  // One item's product. Each step's is asked for while the one before it is under way.
+  // One item's product, to be settled: each step's is asked for while the one before it is under
+  // way.
   __device__ void multiply_item(int steps, int, Copier<Shape>& copier, Cursor<Shape>& cursor) {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -35,6 +36,10 @@ class WgmmaTile : public Accumulators<T, Shape> {
       copier.template copy<0, copier.kPasses>(cursor.free);
       next_step(copier, cursor);
     }
+  }
+
+  // The sums are there.
+  __device__ void settle() {
     ptx::wgmma_wait<0>();
     ptx::wgmma_done(acc_[0]);
   }
