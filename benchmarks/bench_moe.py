@@ -36,6 +36,7 @@ from measure import (
 )
 from peers import PEERS, Contender, backend, open_peers, reason
 
+from moe_ops.__main__ import has
 from moe_ops._library import build_info
 
 TOKENS = (1, 16, 64, 512, 4096, 16384)
@@ -233,7 +234,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, help="in the place of the layers' own")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--routing", choices=["uniform", "zipf"], default="uniform")
-    parser.add_argument("--backends", nargs="+", choices=backends, default=["sm80"])
+    parser.add_argument("--backends", nargs="+", choices=backends,
+                        help="the first is compared with the peers (default: all but cublas)")  # fmt: skip
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["grouped_mm"])
     parser.add_argument("--batch-invariant", action="store_true", help="and what it costs")
     parser.add_argument("--skew", action=argparse.BooleanOptionalAction, default=True,
@@ -247,6 +249,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU")
+    here = [name for name in backends if name != "cublas" and has("cuda", name)]
+    args.backends = args.backends or here
     usual = args.dtype == "bfloat16" and args.routing == "uniform"
     if args.against is None and usual and "H200" in torch.cuda.get_device_name():
         args.against = PUBLISHED

@@ -40,8 +40,8 @@ struct GemmTile {
 inline constexpr GemmTile kShapes[] = {
     {192, 192, 64, 4, 2, 4, 1}, {192, 128, 64, 5, 2, 4, 1}, {128, 256, 64, 3, 2, 4, 1},
     {128, 128, 32, 4, 2, 2, 2}, {64, 128, 64, 3, 2, 2, 2},  {32, 128, 64, 4, 1, 4, 2},
-    {32, 64, 64, 5, 1, 4, 3},   {16, 128, 64, 5, 1, 4, 2},  {16, 64, 64, 10, 1, 4, 2},
-    {16, 64, 64, 6, 1, 4, 3},
+    {32, 64, 64, 5, 1, 4, 3},   {16, 128, 64, 5, 1, 4, 2},  {16, 64, 64, 20, 1, 4, 1},
+    {16, 64, 64, 10, 1, 4, 2},  {16, 64, 64, 6, 1, 4, 3},
 };
 inline constexpr int kShapeCount = sizeof(kShapes) / sizeof(GemmTile);
 inline constexpr int kHighest = 0;
@@ -128,6 +128,13 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
   const int64_t blocks = device.sm_count * resident_blocks(tile, device);
   const int64_t items = tiles.most * column_tiles(size.n, size.gated, tile.cols);
   const int least = narrowest(tile.rows);
+  // The deepest ring waits least for the slowest line, but one block a multiprocessor has nobody to
+  // fill in for it: for a token's long tiles, where they fill the rounds.
+  if (tile.rows == 16 && tile.blocks == 1) {
+    const int64_t places = ceil_div(items, device.sm_count) * device.sm_count;
+    return mean_rows(size.rows, size.experts) == 1 && size.k >= tile.stages * tile.depth &&
+           20 * items >= 19 * places;
+  }
   // Of the lowest tiles two rounds hide the end of each. The narrow ones may also take a single
   // one: the deeper ring then has more bytes in flight than more blocks.
   if (tile.rows == 16) return items >= 2 * blocks || (tile.cols == least && items <= blocks);
