@@ -241,6 +241,22 @@ def test_sm90_with_short_k(sm90, case):
     assert_same_bits(moe_ops.grouped_gemm(**arguments, backend="sm90"), expected)
 
 
+@pytest.mark.parametrize(("dtype", "spread"), [(torch.bfloat16, 30), (torch.float16, 9)])
+def test_sm90_adds_as_sm80_does(sm90, dtype, spread):
+    """Of products far apart, too: both drop the same bits."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape):
+        values = torch.randn(shape, device="cuda", generator=generator)
+        powers = torch.randint(-spread, spread, shape, device="cuda", generator=generator)
+        return (values * 2.0**powers).to(dtype)
+
+    a, b = draw(700, 2048), draw(1, 4096, 2048)
+    offsets = torch.tensor([0, 700], dtype=torch.int32, device="cuda")
+    expected = moe_ops.grouped_gemm(a, b, offsets, backend="sm80")
+    assert_same_bits(moe_ops.grouped_gemm(a, b, offsets, backend="sm90"), expected)
+
+
 def planned(case, sms: int) -> tuple[int, int]:
     """The rows and columns of the tile that shapes.h plans for a layer's second product."""
     plan = ctypes.CDLL(str(_library.PATH)).simple_moe_plan

@@ -129,11 +129,12 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
   const int64_t items = tiles.most * column_tiles(size.n, size.gated, tile.cols);
   const int least = narrowest(tile.rows);
   // The deepest ring waits least for the slowest line, but one block a multiprocessor has nobody to
-  // fill in for it: for a token's long tiles, where they fill the rounds.
+  // fill in for it: for a token's long tiles, where they fill the rounds, and are no two rounds,
+  // which two blocks take at once.
   if (tile.rows == 16 && tile.blocks == 1) {
-    const int64_t places = ceil_div(items, device.sm_count) * device.sm_count;
+    const int64_t rounds = ceil_div(items, device.sm_count);
     return mean_rows(size.rows, size.experts) == 1 && size.k >= tile.stages * tile.depth &&
-           20 * items >= 19 * places;
+           rounds != 2 && 20 * items >= 19 * rounds * device.sm_count;
   }
   // Of the lowest tiles two rounds hide the end of each. The narrow ones may also take a single
   // one: the deeper ring then has more bytes in flight than more blocks.
