@@ -102,11 +102,14 @@ PLANTED = {
     "columns past the last copied": (
         COPIER, "(left - 1) / kPass) + 1", "(left - 1) / kPass) + 2", whole_vectors),
     "last rows not written": (
-        SUMS, "|| row_of_tile >= item.row_count ||", "|| row_of_tile + 1 >= item.row_count ||",
+        SUMS, "first + row < item.row_count", "first + row + 1 < item.row_count",
         whole_vectors),
     "rows of others written": (
-        SUMS, "|| row_of_tile >= item.row_count ||", "|| row_of_tile > item.row_count ||",
+        SUMS, "first + row < item.row_count", "first + row <= item.row_count",
         whole_vectors),
+    "bias of gates added to ups": (
+        SUMS, "column / 8 % 2 * kOddAt + column / 16 * 8", "column / 8 * 8",
+        properties.test_grouped_gemm_activation),
     "staged rows overwritten": (
         SUMS, "floats);\n      }\n      __syncwarp();\n", "floats);\n      }\n", whole_vectors),
     "logit one too far": (
