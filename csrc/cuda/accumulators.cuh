@@ -45,8 +45,8 @@ class Accumulators {
 
   // Bias, activation, routing weight, rounding: a few rows at a time through `staged`, this warp's
   // own, so that a thread gets 8 neighbouring columns and the code of the activations stands once.
-  // But the two that most layers have stand apart: what tells the others apart takes longer than
-  // they do. `weight`: weight_of the first piece.
+  // But with wgmma, whose tiles end more often, the two that most layers have stand apart: telling
+  // the others apart takes longer than they do. `weight`: weight_of the first piece.
   __device__ void finish(const GroupedGemm& p, const Item& item, unsigned char* staged,
                          float weight) const {
     float* const floats = reinterpret_cast<float*>(staged);
@@ -137,9 +137,8 @@ class Accumulators {
     constexpr int kVectors = kGated ? kStagedJ / 2 : kStagedJ;  // of a row
     constexpr int kAtOnce = 32 / kVectors;
     const int lane = threadIdx.x % 32, vector = lane % kVectors;
-    const int column_of_tile = column() + piece % kPiecesOfRow * Shape::kStagedCols;
-    const int column =
-        (item.column_tile * Shape::kCols + column_of_tile) / (kGated ? 2 : 1) + vector * kVector;
+    const int line = item.column_tile * Shape::kCols + column_of_piece(piece);
+    const int column = line / (kGated ? 2 : 1) + vector * kVector;
     const bool there = lane < kAtOnce * kVectors && column < p.n;
     const int first = first_row(piece);
 #pragma unroll(kCommon&& Shape::kWgmma ? 2 : 1)

@@ -182,13 +182,11 @@ __device__ __forceinline__ uint64_t advance(uint64_t operand, int bytes) {
   SIMPLE_MOE_SUMS_4(j), SIMPLE_MOE_SUMS_4(j + 1), SIMPLE_MOE_SUMS_4(j + 2), SIMPLE_MOE_SUMS_4(j + 3)
 #define SIMPLE_MOE_SUMS_32(j) SIMPLE_MOE_SUMS_16(j), SIMPLE_MOE_SUMS_16(j + 4)
 #define SIMPLE_MOE_SUMS_64(j) SIMPLE_MOE_SUMS_32(j), SIMPLE_MOE_SUMS_32(j + 8)
-#define SIMPLE_MOE_NAMES_64                                                          \
+#define SIMPLE_MOE_NAMES_96                                                          \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"             \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SIMPLE_MOE_NAMES_96                                                          \
-  SIMPLE_MOE_NAMES_64                                                                \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
   ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define SIMPLE_MOE_NAMES_128                                                                     \
@@ -208,11 +206,7 @@ __device__ __forceinline__ uint64_t advance(uint64_t operand, int bytes) {
 template <typename T, int kJ>
 __device__ __forceinline__ void wgmma(float (&d)[kJ][4], uint64_t a, uint64_t b) {
   constexpr bool kBfloat = std::is_same_v<T, bf16>;
-  static_assert(kJ == 16 || kJ == 24 || kJ == 32);
-  if constexpr (kJ == 16 && kBfloat)
-    SIMPLE_MOE_WGMMA("128", "bf16", SIMPLE_MOE_NAMES_64, "%64", "%65", SIMPLE_MOE_SUMS_64(0));
-  if constexpr (kJ == 16 && !kBfloat)
-    SIMPLE_MOE_WGMMA("128", "f16", SIMPLE_MOE_NAMES_64, "%64", "%65", SIMPLE_MOE_SUMS_64(0));
+  static_assert(kJ == 24 || kJ == 32, "more are a line each");
   if constexpr (kJ == 24 && kBfloat)
     SIMPLE_MOE_WGMMA("192", "bf16", SIMPLE_MOE_NAMES_96, "%96", "%97", SIMPLE_MOE_SUMS_64(0),
                      SIMPLE_MOE_SUMS_32(16));
