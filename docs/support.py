@@ -63,7 +63,8 @@ def activation_rows() -> list[str]:
 
 def backend_rows() -> list[str]:
     found = BACKEND.findall((ROOT / "csrc/backends.cpp").read_text())
-    assert ["auto", *(name for name, *_ in found)] == build_info()["backends"], found
+    built = [name for name, *_ in found if name in build_info()["backends"]]
+    assert ["auto", *built] == build_info()["backends"], found
     runs = {"device_info().major >= 8": "SM80 and up", "true": "any", "": "SM90: H100, H200"}
     rows = []
     for name, where, promises, _ in found:

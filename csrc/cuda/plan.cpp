@@ -26,8 +26,8 @@ RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns) {
 
 }  // namespace simple_moe::cuda
 
-// Of a layer on a GPU of so many multiprocessors and so much shared memory a block: a JSON list of
-// its first product's tile and its second's. Valid until the next call of the thread.
+// Of a layer by mma.sync on a GPU of so many multiprocessors and so much shared memory a block: a
+// JSON list of its first product's tile and its second's. Valid until the next call of the thread.
 extern "C" __attribute__((visibility("default"))) const char* simple_moe_plan(
     int64_t slots, int64_t experts, int64_t hidden, int64_t intermediate, int gated, int sms,
     int smem_kb) {

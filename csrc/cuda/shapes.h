@@ -1,5 +1,5 @@
-// Which tile a product gets: a small model of the machine, from what the host knows. No tuning
-// files, no trial runs, and the routing is never read.
+// How high a layer's row tiles are, and which tile mma.sync's product gets: a small model of the
+// machine, from what the host knows. No tuning files, no trial runs, and the routing is never read.
 //
 // An expert's mean number of rows decides the height. Few rows: the product waits for the weights,
 // and what counts is bytes in flight and enough tiles for every multiprocessor; padding is free.
@@ -24,7 +24,7 @@ struct GemmTile {
   constexpr int warps() const { return warp_rows * warp_cols; }
   constexpr int slot_bytes() const { return (rows + cols) * depth * 2; }
   // Part of a warp's sums in float32, enough for all lanes, rows padded by 16 bytes against bank
-  // conflicts. wgmma's go into the ring: its tiles leave no room beside it.
+  // conflicts. wgmma's go into the ring: its tiles leave no room for all of them beside it.
   constexpr int staged_rows() const { return cols / warp_cols > 32 ? 8 : 16; }
   constexpr int staged_cols() const { return cols / warp_cols / (wgmma ? 2 : 1); }
   constexpr int staged_bytes() const { return staged_rows() * (staged_cols() + 4) * 4; }
