@@ -27,7 +27,7 @@ const Backend kCpu{"auto", [](const GroupedGemm& p, Stream) { cpu::grouped_gemm(
 const std::vector<Backend> kCudaBackends{
 #ifdef SIMPLE_MOE_CUDA
 #ifdef SIMPLE_MOE_SM90
-    {"sm90", cuda::grouped_gemm_sm90, cuda::has_sm90, true, true},
+    {"sm90", cuda::grouped_gemm_sm90, [] { return cuda::has_sm90(); }, true, true},
 #endif
     {"sm80", cuda::grouped_gemm, [] { return device_info().major >= 8; }, true, true},
     {"cublas", cuda::cublas_grouped_gemm, [] { return true; }, false, false},

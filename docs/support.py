@@ -12,9 +12,7 @@ from moe_ops._library import build_info
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # A backend's line in csrc/backends.cpp: name, whether it runs here, whether it keeps all promises.
-BACKEND = re.compile(
-    r'\{"(\w+)", [\w:]+, (?:\[\] \{ return (.*?); \}|cuda::has_sm90), (true|false), (true|false)\}'
-)
+BACKEND = re.compile(r'\{"(\w+)", [\w:]+, \[\] \{ return (.*?); \}, (true|false), (true|false)\}')
 
 
 def works(activation: str, dtype: torch.dtype, gate_layout: str, backward: bool) -> bool:
@@ -65,7 +63,11 @@ def backend_rows() -> list[str]:
     found = BACKEND.findall((ROOT / "csrc/backends.cpp").read_text())
     built = [name for name, *_ in found if name in build_info()["backends"]]
     assert ["auto", *built] == build_info()["backends"], found
-    runs = {"device_info().major >= 8": "SM80 and up", "true": "any", "": "SM90: H100, H200"}
+    runs = {
+        "cuda::has_sm90()": "SM90: H100, H200",
+        "device_info().major >= 8": "SM80 and up",
+        "true": "any",
+    }
     rows = []
     for name, where, promises, _ in found:
         rows.append(

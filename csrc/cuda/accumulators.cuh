@@ -141,7 +141,7 @@ class Accumulators {
     const int column = line / (kGated ? 2 : 1) + vector * kVector;
     const bool there = lane < kAtOnce * kVectors && column < p.n;
     const int first = first_row(piece);
-#pragma unroll(kCommon&& Shape::kWgmma ? 2 : 1)
+#pragma unroll(kCommon ? 2 : 1)
     for (int row = lane / kVectors; row - lane / kVectors < Shape::kStagedRows; row += kAtOnce) {
       const float of_row = __shfl_sync(0xffffffffu, weight, row);
       if (there && first + row < item.row_count && row < Shape::kStagedRows) {

@@ -194,31 +194,30 @@ __device__ __forceinline__ uint64_t advance(uint64_t operand, int bytes) {
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
   "%127"
-#define SIMPLE_MOE_WGMMA(columns, type, sums, a_name, b_name, ...)                             \
+#define SIMPLE_MOE_WGMMA_OF(type, columns, sums, a_name, b_name, ...)                          \
   asm volatile("{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned.m64n" columns \
                "k16.f32." type "." type " {" sums "}, " a_name ", " b_name ", p, 1, 1, 0, 0;}" \
                : __VA_ARGS__                                                                   \
                : "l"(a), "l"(b)                                                                \
                : "memory")
+#define SIMPLE_MOE_WGMMA(...)                 \
+  if constexpr (std::is_same_v<T, bf16>)      \
+    SIMPLE_MOE_WGMMA_OF("bf16", __VA_ARGS__); \
+  else                                        \
+    SIMPLE_MOE_WGMMA_OF("f16", __VA_ARGS__)
 
 // d[64, 8 kJ] += a[64, 16] * b[8 kJ, 16].T, float32 accumulators: a warp has 16 of the rows, and of
 // each 8 columns what mma_m16n8k16 gives it.
 template <typename T, int kJ>
 __device__ __forceinline__ void wgmma(float (&d)[kJ][4], uint64_t a, uint64_t b) {
-  constexpr bool kBfloat = std::is_same_v<T, bf16>;
   static_assert(kJ == 24 || kJ == 32, "more are a line each");
-  if constexpr (kJ == 24 && kBfloat)
-    SIMPLE_MOE_WGMMA("192", "bf16", SIMPLE_MOE_NAMES_96, "%96", "%97", SIMPLE_MOE_SUMS_64(0),
+  if constexpr (kJ == 24) {
+    SIMPLE_MOE_WGMMA("192", SIMPLE_MOE_NAMES_96, "%96", "%97", SIMPLE_MOE_SUMS_64(0),
                      SIMPLE_MOE_SUMS_32(16));
-  if constexpr (kJ == 24 && !kBfloat)
-    SIMPLE_MOE_WGMMA("192", "f16", SIMPLE_MOE_NAMES_96, "%96", "%97", SIMPLE_MOE_SUMS_64(0),
-                     SIMPLE_MOE_SUMS_32(16));
-  if constexpr (kJ == 32 && kBfloat)
-    SIMPLE_MOE_WGMMA("256", "bf16", SIMPLE_MOE_NAMES_128, "%128", "%129", SIMPLE_MOE_SUMS_64(0),
+  } else {
+    SIMPLE_MOE_WGMMA("256", SIMPLE_MOE_NAMES_128, "%128", "%129", SIMPLE_MOE_SUMS_64(0),
                      SIMPLE_MOE_SUMS_64(16));
-  if constexpr (kJ == 32 && !kBfloat)
-    SIMPLE_MOE_WGMMA("256", "f16", SIMPLE_MOE_NAMES_128, "%128", "%129", SIMPLE_MOE_SUMS_64(0),
-                     SIMPLE_MOE_SUMS_64(16));
+  }
 }
 
 // ---- programmatic dependent launch (SM90 on; before, kernels never overlap) ----
