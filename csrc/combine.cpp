@@ -47,11 +47,11 @@ Tensor combine(const Tensor& expert_out, const Tensor& topk_weights, const Tenso
       .rows = rows,
       .topk = static_cast<int>(topk),
       .weights = floats_of(weights),
-      .slot_rows = int32_data(slot_rows),
       .ids = {},
       .sorted_slots = const_int32_data(slots),
       .expert_offsets = const_int32_data(offsets),
       .experts = experts,
+      .slot_rows = int32_data(slot_rows),
       .only_rows_are_new = false,
       .out = out.mutable_data_ptr(),
   };

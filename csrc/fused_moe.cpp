@@ -1,15 +1,16 @@
 // fused_moe: the whole layer as four primitives.
 //
-//   topk_ids, topk_weights --sort_by_expert--> expert_offsets, and a row for each slot
-//   x  --grouped_gemm: gathered x[token] @ w1[e].T + b1[e], activation--> h1 [T*K, I]
-//   h1 --grouped_gemm: (h1 @ w2[e].T + b2[e]) * topk_weights--> h2 [T*K, H]
-//   h2 --combine: the sum over each token's slot_rows--> out [T, H]
+//   topk_ids, topk_weights --sort_by_expert--> expert_offsets, sorted_slots
+//   x  --grouped_gemm: gathered x[token] @ w1[e].T + b1[e], activation--> h1 [T*K, I], sorted
+//   h1 --grouped_gemm: (h1 @ w2[e].T + b2[e]) * topk_weights--> h2 [T*K, H], in the slots' order
+//   h2 --combine: the sum over each token's slots that are held here--> out [T, H]
 //
 // One token is not sorted where the backend can do without: its slots are the rows.
 //
 // A long input goes in chunks of tokens, so that the workspace stays bounded. What the sort makes
 // for the products is done with before `out` is written, and lies there meanwhile, unless `out` is
-// too small or overlaps an input. It may: all have been read by the time it is written.
+// too small or overlaps an input. It may: all have been read by the time it is written, but for the
+// ids, which are copied then.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -32,9 +33,10 @@ const float* data_of(const std::optional<Tensor>& t) {
 
 // Inputs as the kernels read them.
 struct Inputs {
-  Inputs(const Arguments& a, const Layer& layer)
+  Inputs(const Arguments& a, const Layer& layer, const Tensor& out)
       : layer(layer),
-        ids(contiguous_of(a.topk_ids)),
+        ids(contiguous_of(overlap(out, a.topk_ids) ? torch::stable::clone(a.topk_ids)
+                                                   : a.topk_ids)),
         weights(contiguous_of(a.topk_weights)),
         b1(contiguous_of(a.b1)),
         b2(contiguous_of(a.b2)),
@@ -55,7 +57,7 @@ struct Inputs {
 // Arrays behind one another, each from a multiple of kAlignment on.
 class Arrays {
  public:
-  static constexpr int64_t kAlignment = 256;
+  static constexpr int64_t kAlignment = 16;
   static int64_t aligned(int64_t bytes) {
     return (bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
@@ -85,6 +87,7 @@ struct Workspace {
     tiles = place.plan_row_tiles(slots, layer.experts, columns);
     if (sorted) {
       tiles_at = routing.add(tiles.bytes());
+      sorted_slots_at = routing.add(4 * slots);
       source_rows_at = routing.add(4 * slots);
       row_weights_at = routing.add(4 * slots);
       expert_offsets_at = routing.add(4 * (layer.experts + 1));
@@ -92,14 +95,13 @@ struct Workspace {
     }
     h1_at = rows.add(element * slots * layer.intermediate);
     h2_at = rows.add(element * slots * layer.hidden);
-    if (sorted) slot_rows_at = rows.add(4 * slots);
   }
 
   bool sorted;
   RowTiles tiles;
   Arrays routing, rows;
-  int64_t tiles_at = 0, source_rows_at = 0, row_weights_at = 0, expert_offsets_at = 0,
-          counts_at = 0, slot_rows_at = 0, h1_at, h2_at;
+  int64_t tiles_at = 0, sorted_slots_at = 0, source_rows_at = 0, row_weights_at = 0,
+          expert_offsets_at = 0, counts_at = 0, h1_at, h2_at;
 };
 
 // The layer for tokens first ... first + tokens.
@@ -120,7 +122,6 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
       .slots = slots,
       .expert_offsets = nullptr,
       .sorted_slots = nullptr,
-      .slot_rows = nullptr,
       .topk = static_cast<int>(layer.topk),
       .topk_weights = weights,
       .source_rows = nullptr,
@@ -131,7 +132,7 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
   sort.row_tiles.ids = sort.ids;
   if (workspace.sorted) {
     sort.expert_offsets = routing.at<int32_t>(workspace.expert_offsets_at);
-    sort.slot_rows = rows.at<int32_t>(workspace.slot_rows_at);
+    sort.sorted_slots = routing.at<int32_t>(workspace.sorted_slots_at);
     sort.source_rows = routing.at<int32_t>(workspace.source_rows_at);
     sort.row_weights = routing.at<float>(workspace.row_weights_at);
     sort.counts = routing.at<int32_t>(workspace.counts_at);
@@ -151,6 +152,7 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
       .experts = layer.experts,
       .expert_offsets = sort.expert_offsets,
       .source_rows = sort.source_rows,
+      .out_rows = nullptr,
       .source_count = tokens,
       .row_tiles = sort.row_tiles,
       .claimant = 0,
@@ -181,6 +183,7 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
   second.n = layer.hidden;
   second.k = layer.intermediate;
   second.source_rows = nullptr;
+  second.out_rows = sort.sorted_slots;
   second.source_count = slots;
   second.claimant = 1;
   second.only_a_is_new = true;
@@ -207,11 +210,11 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
       .rows = slots,
       .topk = static_cast<int>(layer.topk),
       .weights = {},
-      .slot_rows = sort.slot_rows,
       .ids = sort.ids,
       .sorted_slots = nullptr,
       .expert_offsets = nullptr,
       .experts = layer.experts,
+      .slot_rows = nullptr,
       .only_rows_are_new = true,
       .out = static_cast<char*>(out.mutable_data_ptr()) +
              first_token * layer.hidden * static_cast<int64_t>(element_size(out_dtype)),
@@ -237,9 +240,8 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
   // the first chunk's output would be read as the second's input.
   constexpr int64_t kMost = int64_t{3} << 30;
   const bool apart = !overlaps_an_input(a, out);
-  // One token's slots are its rows where the kernels can tell. They read the ids to the end then.
-  const bool sorted =
-      layer.tokens > 1 || !backend.needs_no_sort_of_one_token || overlap(out, a.topk_ids);
+  // One token's slots are its rows where the kernels can tell.
+  const bool sorted = layer.tokens > 1 || !backend.needs_no_sort_of_one_token;
   Workspace workspace(place, layer, layer.tokens, sorted);
   const int64_t chunks =
       apart ? (workspace.rows.bytes() + workspace.routing.bytes() + kMost - 1) / kMost : 1;
@@ -259,7 +261,7 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
   char* const begin = static_cast<char*>(memory.mutable_data_ptr());
   workspace.rows.use(begin);
   workspace.routing.use(begin + end_of_rows);
-  const Inputs in(a, layer);
+  const Inputs in(a, layer, out);
   for (int64_t first = 0; first < layer.tokens; first += step) {
     const int64_t tokens = step < layer.tokens - first ? step : layer.tokens - first;
     if (in_out) {

@@ -52,6 +52,7 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
       .experts = experts,
       .expert_offsets = const_int32_data(offsets),
       .source_rows = nullptr,
+      .out_rows = nullptr,
       .source_count = rows,
       .row_tiles = tiles,
       .claimant = 0,

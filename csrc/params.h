@@ -129,7 +129,6 @@ struct SortByExpert {
   int64_t slots;
   int32_t* expert_offsets;  // [experts + 1]
   int32_t* sorted_slots;    // [slots] or null
-  int32_t* slot_rows;       // [slots] or null: where a slot went, -1 if its expert is not held here
   // What a layer's products want of each slot in sorted order: its token and its routing weight.
   // Both null, or both and topk_weights not.
   int topk;
@@ -140,7 +139,8 @@ struct SortByExpert {
   RowTiles row_tiles;    // for the products, where wanted
 };
 
-// out[r] = epilogue(a[source_rows[r]] @ b[e].T) for expert_offsets[e] <= r < expert_offsets[e + 1]:
+// out[out_rows[r]] = epilogue(a[source_rows[r]] @ b[e].T) for the rows r of expert e, which are
+// expert_offsets[e] <= r < expert_offsets[e + 1]:
 //   + bias[e], then the activation, then * row_weights[r], each where it is set.
 // Other rows of out are left alone, or zeroed with `zero_other_rows`.
 struct GroupedGemm {
@@ -151,7 +151,8 @@ struct GroupedGemm {
   int64_t n, k;      // columns of out; length of the dot products
   int64_t experts;
   const int32_t* expert_offsets;  // [experts + 1]; malformed ones are clamped (see row_range)
-  const int32_t* source_rows;     // [rows] or null: row r of out is made of row r of a
+  const int32_t* source_rows;     // [rows] or null: row r is made of a's row r
+  const int32_t* out_rows;        // [rows] or null: row r goes to out's row r
   int64_t source_count;           // rows of a
   RowTiles row_tiles;             // of the expert_offsets
   int claimant;                   // which of row_tiles' two counts is this product's
@@ -179,7 +180,8 @@ struct GroupedGemmWgrad {
   void* out;  // [experts, m, n]
 };
 
-// out[t] = sum over k, ascending, of weights[t, k] * rows[slot_rows[t, k]] where that is >= 0.
+// out[t] = sum over k, ascending, of weights[t, k] * the row of slot t * topk + k, where it has
+// one.
 struct Combine {
   DType dtype, out_dtype;
   const void* expert_out;  // [rows, hidden]
@@ -187,14 +189,14 @@ struct Combine {
   int64_t tokens, hidden, rows;
   int topk;
   Floats weights;  // [tokens, topk], or null: the rows are weighted already
-  // Where slot t * topk + k went. Given by sort_by_expert, or made from the two below. Null: there
-  // is one token, and slot k's row is k if its expert is held here.
-  int32_t* slot_rows;
+  // Without expert_offsets the rows are in the slots' order, and there where the slot's expert is
+  // held here.
   TopkIds ids;
-  const int32_t* sorted_slots;    // with expert_offsets; null too where there are no rows
-  const int32_t* expert_offsets;  // null: slot_rows is filled already
+  const int32_t* sorted_slots;    // [rows], with expert_offsets; null too where there are no rows
+  const int32_t* expert_offsets;  // [experts + 1]
   int64_t experts;
-  // Whether slot_rows were written before the kernel that writes expert_out started.
+  int32_t* slot_rows;  // scratch [tokens, topk], with expert_offsets: a slot's row, or -1
+  // Whether all but expert_out was written before the kernel that writes it started.
   bool only_rows_are_new;
   void* out;  // [tokens, hidden], contiguous
 };

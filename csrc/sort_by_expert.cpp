@@ -31,7 +31,6 @@ std::tuple<Tensor, Tensor> sort_by_expert(const Tensor& topk_ids, int64_t num_ex
       .slots = slots,
       .expert_offsets = int32_data(expert_offsets),
       .sorted_slots = int32_data(sorted_slots),
-      .slot_rows = nullptr,
       .topk = 0,
       .topk_weights = {},
       .source_rows = nullptr,

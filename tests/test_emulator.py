@@ -7,7 +7,7 @@ bit for bit.
 import pytest
 import torch
 from emulator import Emulator, build
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from moe_ops import reference
@@ -29,7 +29,7 @@ def examples(count):
     return settings(
         max_examples=count,
         # Failures are shown as they were drawn: the cases are small, and test_planted_bug has many.
-        phases=[Phase.generate],
+        phases=[Phase.explicit, Phase.generate],
         report_multiple_bugs=False,
         deadline=None,
         derandomize=True,
@@ -189,16 +189,13 @@ def test_sort_by_expert(emulator, data, dtype, seed, machine):
         ids[random.integers(1, low=0, high=slots - 1, dtype=dtype)] = (1 << 40) + expert_offset
     topk, height = data.draw(st.sampled_from([1, 2, 8])), data.draw(st.sampled_from([0, 16, 128]))
     weights = random.integers(slots, dtype=data.draw(FLOATS))
-    offsets, sorted_slots, slot_rows, source_rows, row_weights, *tiles = twice(
+    offsets, sorted_slots, source_rows, row_weights, *tiles = twice(
         emulator.sort_by_expert, ids, experts, expert_offset, topk=topk, topk_weights=weights,
         tile_height=height, **machine
     )  # fmt: skip
     expected_offsets, expected_slots = reference.sort_by_expert(ids, experts, expert_offset)
     assert torch.equal(offsets, expected_offsets)
     assert torch.equal(sorted_slots, expected_slots)
-    rows = torch.arange(slots, dtype=torch.int32)
-    rows[offsets[-1] :] = -1
-    assert torch.equal(slot_rows[sorted_slots.long()], rows)
     assert torch.equal(source_rows, sorted_slots // topk)
     assert torch.equal(row_weights, weights.float()[sorted_slots.long()])
     if height and slots:
@@ -213,10 +210,13 @@ def test_sort_by_expert(emulator, data, dtype, seed, machine):
 
 
 def test_sort_by_expert_many_chunks(emulator):
-    """More than a warp has lanes: of 256 slots each, or of as many as there are experts."""
-    for slots, experts in ((9000, 3), (20_000, 600)):
+    """Two kernels: chunks of 256 slots, or of as many as there are experts, whose places don't fit
+    into shared memory."""
+    for slots, experts in ((9000, 3), (20_000, 600), (3000, 4000)):
         ids = Random(slots).integers(slots, low=-1, high=experts, dtype=torch.int32)
-        offsets, sorted_slots, _ = twice(emulator.sort_by_expert, ids, experts)
+        offsets, sorted_slots = twice(
+            emulator.sort_by_expert, ids, experts, smem_per_block=16 << 10, sm_count=2
+        )
         expected_offsets, expected_slots = reference.sort_by_expert(ids, experts)
         assert torch.equal(offsets, expected_offsets)
         assert torch.equal(sorted_slots, expected_slots)
@@ -227,8 +227,8 @@ def test_sort_by_expert_many_chunks(emulator):
 
 def gemm_reference(a, b, expert_offsets, *, rows, bias=None, source_rows=None,
                    activation="identity", gate_layout="gate_up", row_weights=None,
-                   **parameters):  # fmt: skip
-    """In float64."""
+                   out_rows=None, **parameters):  # fmt: skip
+    """In float64, before the rows are scattered."""
     gated = reference.ACTIVATIONS[activation].gated
     out = torch.zeros(rows, b.shape[1] // (2 if gated else 1), dtype=torch.float64)
     for e, of_expert in enumerate(reference.row_ranges(expert_offsets, rows)):
@@ -272,6 +272,7 @@ def gemms_of_whole_vectors(draw):
         zero_other_rows=draw(st.booleans()),
         columns=draw(st.sampled_from([None, 4096])),
         sm90=draw(st.booleans()),
+        scattered=draw(st.booleans()),
     )
 
 
@@ -297,6 +298,7 @@ def gemms(draw):
         misaligned=draw(st.lists(st.sampled_from(["a", "b", "out"]), unique=True)),
         zero_other_rows=draw(st.booleans()),
         columns=draw(st.sampled_from([None, 4096])),
+        scattered=draw(st.booleans()),
     )
 
 
@@ -326,6 +328,9 @@ def gemm_inputs(case, random, branches=1):
     arguments = dict(rows=rows, bias=bias, source_rows=sources)
     if case["weighted"]:
         arguments["row_weights"] = random.integers(rows, low=1, high=4) * 0.25
+    if case["scattered"]:  # which the layer's second product wants, and no zeroed rows
+        case["zero_other_rows"] = False
+        arguments["out_rows"] = torch.randperm(rows, generator=random.generator).int()
     return a[:, :k], b, offsets, held, arguments
 
 
@@ -339,6 +344,11 @@ def gemm_places(case):
         columns=case.get("columns"),
         sm90=case.get("sm90", False),
     )
+
+
+def gathered(out, out_rows=None, **_):
+    """The product's rows where they were scattered to."""
+    return out if out_rows is None else out[out_rows.long()]
 
 
 def check_unheld_rows(out, held, zeroed):
@@ -355,6 +365,7 @@ def check_grouped_gemm(emulator, case, seed, machine):
     machine = machine_for(case, machine)
     a, b, offsets, held, arguments = gemm_inputs(case, Random(seed))
     out = twice(emulator.grouped_gemm, a, b, offsets, **arguments, **gemm_places(case), **machine)
+    out = gathered(out, **arguments)
     expected = gemm_reference(a, b, offsets, **arguments)
     assert torch.equal(out[held], expected[held].to(out.dtype))
     check_unheld_rows(out, held, case["zero_other_rows"])
@@ -366,8 +377,15 @@ def test_grouped_gemm(emulator, case, seed, machine):
     check_grouped_gemm(emulator, case, seed, machine)
 
 
+WGMMA = dict(rows=300, n=264, k=136, experts=2, dtype=torch.bfloat16, out_dtype=None,
+             offsets="even", gathered=True, weighted=True, bias=None, n_major=False, a_padding=0,
+             out_padding=0, misaligned=[], zero_other_rows=False, columns=4096, scattered=True,
+             sm90=True)  # fmt: skip
+
+
 @examples(30)
 @given(gemms_of_whole_vectors(), SEEDS, MACHINES)
+@example(WGMMA, 0, dict(seed=0, sm_count=1))
 def test_grouped_gemm_of_whole_vectors(emulator, case, seed, machine):
     check_grouped_gemm(emulator, case, seed, machine)
 
@@ -399,6 +417,7 @@ def test_grouped_gemm_activation(
         for name in reference.ACTIVATIONS[activation].defaults:
             arguments[name] = random.integers(case["experts"], low=1, high=4) * 0.5
     out = twice(emulator.grouped_gemm, a, b, offsets, **arguments, **gemm_places(case), **machine)
+    out = gathered(out, **arguments)
     expected = gemm_reference(a, b, offsets, **arguments)
     tolerance = EPSILON[out.dtype]
     torch.testing.assert_close(out[held].double(), expected[held], rtol=tolerance, atol=tolerance)
@@ -408,7 +427,7 @@ def test_grouped_gemm_activation(
 def test_grouped_gemm_many_experts(emulator):
     """More of them than a block looks at in one go."""
     case = dict(rows=200, n=8, k=8, experts=2500, dtype=torch.bfloat16, out_dtype=None,
-                gathered=True, weighted=True, bias="float32", n_major=False, a_padding=0,
+                gathered=True, weighted=True, scattered=False, bias="float32", n_major=False, a_padding=0,
                 out_padding=0, misaligned=[], zero_other_rows=True)  # fmt: skip
     for offsets in ("even", "skewed", "malformed"):
         check_grouped_gemm(emulator, case | dict(offsets=offsets), 0, dict(sm_count=3))
@@ -489,9 +508,8 @@ def test_combine(emulator, data, dtype, kind, seed, machine):
             slot_rows[slot] = row
     expert_out[held:] = torch.nan
     weights[slot_rows.view(tokens, topk) < 0] = torch.nan
-    weighted, ready = data.draw(st.booleans()), data.draw(st.booleans())
-    routing = dict(slot_rows=slot_rows) if ready else dict(sorted_slots=slots,
-                                                           expert_offsets=offsets)  # fmt: skip
+    weighted = data.draw(st.booleans())
+    routing = dict(sorted_slots=slots, expert_offsets=offsets)
     misaligned = data.draw(st.lists(st.sampled_from(["expert_out", "out"]), unique=True))
     out = twice(emulator.combine, expert_out, weights if weighted else None, tokens=tokens,
                 topk=topk, **routing, offsets={x: dtype.itemsize for x in misaligned},
@@ -501,3 +519,20 @@ def test_combine(emulator, data, dtype, kind, seed, machine):
         picked = picked * weights.double().view(-1, 1)
     picked = torch.where(slot_rows[:, None] >= 0, picked, 0).view(tokens, topk, hidden)
     assert torch.equal(out, picked.sum(1).to(dtype))
+
+
+@examples(40)
+@given(st.data(), FLOATS, SEEDS, MACHINES)
+def test_combine_in_the_slots_order(emulator, data, dtype, seed, machine):
+    tokens, topk = data.draw(st.integers(0, 20)), data.draw(st.sampled_from([1, 2, 10, 40]))
+    hidden, experts = data.draw(SIZES), data.draw(st.sampled_from([1, 3, 8]))
+    random, expert_offset = Random(seed), data.draw(st.sampled_from([0, 3]))
+    ids_dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
+    ids = random.integers(tokens, topk, low=-1, high=experts, dtype=ids_dtype) + expert_offset
+    held = (ids >= expert_offset) & (ids < expert_offset + experts)
+    expert_out = random.integers(tokens * topk, hidden, dtype=dtype)
+    expert_out[~held.flatten()] = torch.nan
+    out = twice(emulator.combine, expert_out, None, tokens=tokens, topk=topk, topk_ids=ids,
+                experts=experts, expert_offset=expert_offset, **machine)  # fmt: skip
+    rows = expert_out.double().nan_to_num(0).view(tokens, topk, hidden)
+    assert torch.equal(out, rows.sum(1).to(dtype))

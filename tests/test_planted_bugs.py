@@ -16,7 +16,7 @@ SHAPE, COPIER, WARP, SUMS, WGMMA = (
 )
 SCAN, TILES = "csrc/cuda/block_scan.cuh", "csrc/cuda/row_tiles.cuh"
 SHAPES = "csrc/cuda/shapes.h"
-ITEMS = "csrc/cuda/items.cuh"
+ITEMS, EPILOGUE = "csrc/cuda/items.cuh", "csrc/cuda/epilogue.cuh"
 
 
 def toy_gemms(emulator):
@@ -40,7 +40,7 @@ PLANTED = {
         TOYS, "stage.b[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]",
         "stage.b[lane / 8 % 2 * 8 + lane % 8][lane / 16 * 8]", toy_gemms),
     "scan without its barrier": (
-        SCAN, "__syncthreads();\n  int before = 0;", "int before = 0;", properties.test_toy_scan),
+        SCAN, "__syncthreads();\n  T before = 0;", "T before = 0;", properties.test_toy_scan),
     "scan over its last readers": (
         SCAN, "__syncthreads();  // the last scan's readers are done", "",
         properties.test_sort_by_expert),
@@ -120,23 +120,29 @@ PLANTED = {
         properties.test_topk_route),
     "NaN counted in the sum": (ROUTE, "if (term == term) sum_", "sum_", properties.test_topk_route),
     "counts not waited for": (
-        SORT, "__syncthreads();\n\n  int before = 0;  // of the bins", "int before = 0;  // of the bins",
+        SORT, "__syncthreads();\n  }\n\n  int64_t before", "}\n\n  int64_t before",
         properties.test_sort_by_expert),
     "chunks' counts not carried on": (
-        SORT, "in_bin += __shfl_sync(kAll, upto, 31);", "in_bin = __shfl_sync(kAll, upto, 31);",
+        SORT, "in_bin += here[i];", "in_bin = here[i];",
         properties.test_sort_by_expert_many_chunks),
     "place changed while read": (
         SORT, "__syncwarp();  // all have read the place", "", properties.test_sort_by_expert),
     "two blocks' chunks scattered": (
-        SORT, "if (chunk % gridDim.x != blockIdx.x ||", "if (chunk / gridDim.x != blockIdx.x ||",
+        SORT, "of_block >= plan.chunks_of_block) return", "of_block > plan.chunks_of_block) return",
         properties.test_sort_by_expert),
     "last offset not written": (
-        SORT, "p.expert_offsets[b] = begin[b];", "if (b < p.ids.experts) p.expert_offsets[b] = begin[b];",
+        SORT, "p.expert_offsets[bin] =", "if (bin < p.ids.experts) p.expert_offsets[bin] =",
         properties.test_sort_by_expert),
-    "slot's row not written": (
-        SORT, "if (p.slot_rows) p.slot_rows",
-        "if (p.slot_rows && bin[i] < p.ids.experts) p.slot_rows",
-        properties.test_sort_by_expert),
+    "places counted from their chunk": (
+        SORT, "places[i * bins + bin] += begin", "places[bin] += begin",
+        properties.test_sort_by_expert_many_chunks),
+    "row not scattered": (
+        SUMS, "there && p.out_rows ? p.out_rows[row] : row", "row", whole_vectors),
+    "row not scattered, any sizes": (
+        EPILOGUE, "p.out_rows ? p.out_rows[of_product]", "false ? 0", properties.test_grouped_gemm),
+    "rows of others added": (
+        COMBINE, "local_expert(p.ids, slot) < p.ids.experts ?", "true ?",
+        properties.test_combine_in_the_slots_order),
     "slots of others multiplied": (
         ITEMS, "expert < p_.experts ? 1 : -1", "1", properties.test_one_token),
     "a slot of others ends the rest": (

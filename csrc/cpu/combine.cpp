@@ -24,6 +24,12 @@ void find_slot_rows(const Combine& p) {
   }
 }
 
+// -1: it isn't there.
+int64_t row_of_slot(const Combine& p, int64_t slot) {
+  if (p.expert_offsets) return p.slot_rows[slot];
+  return local_expert(p.ids, slot) < p.ids.experts ? slot : -1;
+}
+
 template <class In, class Out>
 void combine_token(const Combine& p, int64_t token) {
   const In* rows = static_cast<const In*>(p.expert_out);
@@ -32,7 +38,7 @@ void combine_token(const Combine& p, int64_t token) {
     const int64_t count = std::min(kBlock, p.hidden - first);
     float sums[kBlock] = {};
     for (int64_t slot = token * p.topk; slot < (token + 1) * p.topk; ++slot) {
-      const int64_t row = p.slot_rows[slot];
+      const int64_t row = row_of_slot(p, slot);
       if (row < 0) continue;  // Not held here: its weight may be anything, NaN too.
       const In* in = rows + row * p.expert_out_stride + first;
       const float weight = p.weights.data ? load(p.weights, slot) : 1.0f;

@@ -66,13 +66,13 @@ class GroupedGemmRun {
   void run_rows(int64_t expert, const Matrix& weights, int64_t first, int64_t count) {
     const Matrix out{offset(p_.out, p_.out_dtype, first * p_.out_stride), p_.out_dtype, count, p_.n,
                      p_.out_stride};
-    const bool in_place = p_.out_dtype == DType::kFloat32 && width_ == p_.n;
+    const bool in_place = p_.out_dtype == DType::kFloat32 && width_ == p_.n && !p_.out_rows;
     const Matrix product = in_place ? out : product_.matrix(DType::kFloat32, count, width_);
     multiply_rows(product, rows_of_a(first, count), weights);
     const bool identity = p_.activation.kind == Activation::kIdentity;
-    if (!identity || p_.bias.data || p_.row_weights.data) {
+    if (!identity || p_.bias.data || p_.row_weights.data || p_.out_rows) {
       with_type(p_.out_dtype, [&](auto* type) {
-        apply_epilogue<std::remove_pointer_t<decltype(type)>>(out, product, expert, first);
+        apply_epilogue<std::remove_pointer_t<decltype(type)>>(product, expert, first);
       });
     } else if (!in_place) {
       convert(out, product);
@@ -159,16 +159,17 @@ class GroupedGemmRun {
     }
   }
 
-  // Bias, activation, routing weight. `out` may be the product itself.
+  // Bias, activation, routing weight. p.out may be the product itself.
   template <class Out>
-  void apply_epilogue(const Matrix& out, const Matrix& product, int64_t expert, int64_t first) {
+  void apply_epilogue(const Matrix& product, int64_t expert, int64_t first) {
     const float* bias = bias_of(expert);
     const ActivationScalars scalars = scalars_of(p_.activation, expert);
     torch::stable::parallel_for(
         0, product.rows, grain_of(4 * width_), [&](int64_t begin, int64_t end) {
           for (int64_t r = begin; r < end; ++r) {
             const float weight = p_.row_weights.data ? load(p_.row_weights, first + r) : 1.0f;
-            finish_row(static_cast<Out*>(out.data) + r * out.row_stride,
+            const int64_t out_row = p_.out_rows ? p_.out_rows[first + r] : first + r;
+            finish_row(static_cast<Out*>(p_.out) + out_row * p_.out_stride,
                        static_cast<const float*>(product.data) + r * product.row_stride, bias,
                        scalars, weight);
           }

@@ -25,7 +25,6 @@ void sort_by_expert(const SortByExpert& p) {
     const int64_t expert = local_expert(p.ids, slot);
     const int32_t row = expert < experts ? cursors[expert]++ : not_held_row++;
     if (p.sorted_slots) p.sorted_slots[row] = static_cast<int32_t>(slot);
-    if (p.slot_rows) p.slot_rows[slot] = expert < experts ? row : -1;
     if (p.source_rows) {
       p.source_rows[row] = static_cast<int32_t>(slot / p.topk);
       p.row_weights[row] = load(p.topk_weights, slot);

@@ -36,24 +36,30 @@ class Accumulators {
     }
   }
 
-  // The routing weight of a lane's row of a piece.
-  __device__ static float weight_of(const GroupedGemm& p, const Item& item, int piece) {
+  // Where a lane's row of a piece goes, and its routing weight.
+  struct Target {
+    int row;
+    float weight;
+  };
+  __device__ static Target target_of(const GroupedGemm& p, const Item& item, int piece) {
     const int row_of_tile = first_row(piece) + threadIdx.x % Shape::kStagedRows;
-    const bool there = p.row_weights.data && row_of_tile < item.row_count;
-    return there ? load_float(p.row_weights, item.row_begin + row_of_tile) : 1.0f;
+    const int row = item.row_begin + row_of_tile;
+    const bool there = row_of_tile < item.row_count;
+    return {there && p.out_rows ? p.out_rows[row] : row,
+            there && p.row_weights.data ? load_float(p.row_weights, row) : 1.0f};
   }
 
   // Bias, activation, routing weight, rounding: a few rows at a time through `staged`, this warp's
   // own, so that a thread gets 8 neighbouring columns and the code of the activations stands once.
   // But with wgmma, whose tiles end more often, the two that most layers have stand apart: telling
-  // the others apart takes longer than they do. `weight`: weight_of the first piece.
+  // the others apart takes longer than they do. `target`: target_of the first piece.
   __device__ void finish(const GroupedGemm& p, const Item& item, unsigned char* staged,
-                         float weight) const {
+                         Target target) const {
     float* const floats = reinterpret_cast<float*>(staged);
 #pragma unroll 1
     for (int piece = 0; piece < kPieces; ++piece) {
       if (first_row(piece) >= item.row_count) break;
-      const float next_weight = weight_of(p, item, piece + 1);  // It has a piece's time to come.
+      const Target next = target_of(p, item, piece + 1);  // It has a piece's time to come.
       stage(piece, floats);
       __syncwarp();
       if (p.bias.data) {
@@ -61,16 +67,16 @@ class Accumulators {
         __syncwarp();
       }
       if (Shape::kWgmma && p.activation.kind == Activation::kIdentity) {
-        store<false, true>(p, item, piece, weight, floats);
+        store<false, true>(p, item, piece, target, floats);
       } else if (Shape::kWgmma && p.activation.kind == Activation::kSwiglu) {
-        store<true, true>(p, item, piece, weight, floats);
+        store<true, true>(p, item, piece, target, floats);
       } else if (is_gated(p.activation.kind)) {
-        store<true, false>(p, item, piece, weight, floats);
+        store<true, false>(p, item, piece, target, floats);
       } else {
-        store<false, false>(p, item, piece, weight, floats);
+        store<false, false>(p, item, piece, target, floats);
       }
       __syncwarp();
-      weight = next_weight;
+      target = next;
     }
   }
 
@@ -129,10 +135,10 @@ class Accumulators {
     return row(first / 16) + first % 16;
   }
 
-  // The staged rows of a piece, some at once, a lane a vector. `weight` is that of row lane %
+  // The staged rows of a piece, some at once, a lane a vector. `target` is that of row lane %
   // kStagedRows. kCommon: the activation is kSwiglu or kIdentity.
   template <bool kGated, bool kCommon>
-  __device__ static void store(const GroupedGemm& p, const Item& item, int piece, float weight,
+  __device__ static void store(const GroupedGemm& p, const Item& item, int piece, Target target,
                                const float* floats) {
     constexpr int kVectors = kGated ? kStagedJ / 2 : kStagedJ;  // of a row
     constexpr int kAtOnce = 32 / kVectors;
@@ -143,7 +149,8 @@ class Accumulators {
     const int first = first_row(piece);
 #pragma unroll(kCommon ? 2 : 1)
     for (int row = lane / kVectors; row - lane / kVectors < Shape::kStagedRows; row += kAtOnce) {
-      const float of_row = __shfl_sync(0xffffffffu, weight, row);
+      const int64_t to_row = __shfl_sync(0xffffffffu, target.row, row);
+      const float weight = __shfl_sync(0xffffffffu, target.weight, row);
       if (there && first + row < item.row_count && row < Shape::kStagedRows) {
         const float* const from = floats + row * Shape::kStagedPitch;
         float values[kVector];
@@ -161,12 +168,11 @@ class Accumulators {
           load_vector(from + vector % 2 * kOddAt + vector / 2 * kVector, values);
           if constexpr (!kCommon) activate<kVector>(p.activation.kind, values);
         }
-        const int64_t to = (item.row_begin + first + row) * p.out_stride + column;
-        *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to) = {
-            ptx::pack<T>(values[0] * of_row, values[1] * of_row),
-            ptx::pack<T>(values[2] * of_row, values[3] * of_row),
-            ptx::pack<T>(values[4] * of_row, values[5] * of_row),
-            ptx::pack<T>(values[6] * of_row, values[7] * of_row)};
+        *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to_row * p.out_stride + column) = {
+            ptx::pack<T>(values[0] * weight, values[1] * weight),
+            ptx::pack<T>(values[2] * weight, values[3] * weight),
+            ptx::pack<T>(values[4] * weight, values[5] * weight),
+            ptx::pack<T>(values[6] * weight, values[7] * weight)};
       }
     }
   }

@@ -6,16 +6,19 @@
 namespace simple_moe {
 
 struct Sum {
-  __device__ __forceinline__ int operator()(int a, int b) const { return a + b; }
+  template <typename T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
 };
 struct Max {
   __device__ __forceinline__ int operator()(int a, int b) const { return a > b ? a : b; }
 };
 
-template <typename Op>
-__device__ __forceinline__ int warp_scan(int value, Op op) {
+template <typename T, typename Op>
+__device__ __forceinline__ T warp_scan(T value, Op op) {
   for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, value, distance);
+    const T other = __shfl_up_sync(0xffffffffu, value, distance);
     if (static_cast<int>(threadIdx.x % 32) >= distance) value = op(value, other);
   }
   return value;
@@ -24,14 +27,14 @@ __device__ __forceinline__ int warp_scan(int value, Op op) {
 // For an `op` whose identity is 0 (non-negative values). All threads of the block must come;
 // `warp_totals`, one a warp, is shared memory that nobody else touches meanwhile. `total` gets the
 // scan of the whole block, in every thread.
-template <typename Op>
-__device__ __forceinline__ int block_scan(int value, Op op, int* warp_totals, int& total) {
+template <typename T, typename Op>
+__device__ __forceinline__ T block_scan(T value, Op op, T* warp_totals, T& total) {
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   value = warp_scan(value, op);
   __syncthreads();  // the last scan's readers are done
   if (threadIdx.x % 32 == 31) warp_totals[warp] = value;
   __syncthreads();
-  int before = 0;
+  T before = 0;
   total = 0;
 #pragma unroll 4
   for (int w = 0; w < warps; ++w) {

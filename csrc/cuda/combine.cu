@@ -4,8 +4,7 @@
 // Schedule: a block takes one token and 8 columns a thread. Of 32 of the token's K slots each lane
 // looks one up, its row and weight; then each thread reads 16 bytes of every row that is there,
 // kAtOnce in flight. The code is kept short: with few tokens it is run through once, and its length
-// is time. Where sort_by_expert's slot_rows isn't at hand, a small kernel before it makes it; one
-// unsorted token needs none.
+// is time. Where the rows are in sorted order, a small kernel before it finds the slots'.
 #include "device.h"
 #include "floats.cuh"
 #include "launch.h"
@@ -32,7 +31,7 @@ __global__ void __launch_bounds__(kThreads) fill_slot_rows_kernel(const Combine 
 
 // -1: it isn't there.
 __device__ __forceinline__ int row_of_slot(const Combine& p, int64_t slot) {
-  if (p.slot_rows) return p.slot_rows[slot];
+  if (p.expert_offsets) return p.slot_rows[slot];
   return local_expert(p.ids, slot) < p.ids.experts ? static_cast<int>(slot) : -1;
 }
 

@@ -51,8 +51,9 @@ __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert
     } else {
       activate<kVector>(p.activation.kind, gate);
     }
-    const int64_t out_row = first_row + row;
-    const float weight = p.row_weights.data ? load_float(p.row_weights, out_row) : 1.0f;
+    const int64_t of_product = first_row + row;
+    const int64_t out_row = p.out_rows ? p.out_rows[of_product] : of_product;
+    const float weight = p.row_weights.data ? load_float(p.row_weights, of_product) : 1.0f;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) gate[i] *= weight;
     store_vector(p.out, p.out_dtype, out_row * p.out_stride + first_column + j, count, aligned,

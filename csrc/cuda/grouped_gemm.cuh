@@ -71,11 +71,11 @@ __device__ __forceinline__ void multiply_items(const GroupedGemm& p, const Divis
       Product product;
       product.clear();
       product.multiply_item(steps, live, copier, cursor);
-      const float weight = product.weight_of(p, item, 0);
+      const auto target = product.target_of(p, item, 0);
       product.settle();
       const uint32_t staged_at = Shape::kWgmma ? cursor.free - ring : Shape::kStagedAt;
       product.finish(p, queue[number], smem + staged_at + threadIdx.x / 32 * Shape::kStagedBytes,
-                     weight);
+                     target);
     } else {
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {

@@ -1,46 +1,74 @@
 // sort_by_expert: a stable counting sort of the slots by local expert.
 //
 // The slots are cut into chunks, in order; one warp takes one chunk:
-//   count    warp: how many slots of its chunk each expert gets
-//   sum      over the chunks of each expert, then over the experts: where each begins
-//   scatter  warp: 32 slots at a time, in order; lanes of one expert take consecutive places
-// The bin after the last expert takes the slots whose expert is not held here. Whoever sums lays
-// the row tiles out too, where they are wanted.
+//   count    how many of its slots each expert gets
+//   sum      over the experts and chunks before: where its slots of each expert go
+//   scatter  32 slots at a time, in order; lanes of one expert take consecutive places
+// The bin after the last expert takes the slots whose expert is not held here. The row tiles are
+// laid out by the way, where they are wanted.
 //
 // Few slots: all three in one kernel, everything between them in registers and shared memory, so
 // that the latency of memory is paid once. Its blocks all count and sum the same, and each scatters
 // some of the chunks: those stores, a sector each, are what takes a multiprocessor's time. Many: a
-// kernel each, counts in global memory [bins][chunks]; one block sums, a warp a bin.
+// kernel before it counts, in global memory, and the blocks sum what it found.
+#include <algorithm>
+
 #include "block_scan.cuh"
 #include "device.h"
 #include "floats.cuh"
 #include "launch.h"
 #include "primitives.h"
 #include "row_tiles.cuh"
+#include "shapes.h"
 
 namespace simple_moe::cuda {
 namespace {
 
-constexpr int kBlock = 1024;  // threads of a block that sums
-constexpr int kMaxWarps = kBlock / 32;
-constexpr int kWarpsAtOnce = 4;  // warps of a block that only counts or scatters
-constexpr int kMaxChunks = 256;  // of the three kernels; also bounds the scratch
-constexpr int kSlotsOfLane = 8;  // in registers, of the one kernel
-constexpr int64_t kOneKernelSlots = kBlock * kSlotsOfLane;
-constexpr int64_t kSlotsOfBlock = 512;  // that a block of the one kernel scatters
+constexpr int kMaxWarps = 32;
+constexpr int kSlotsOfLane = 8;  // in registers
+constexpr int64_t kBatch = 32 * kSlotsOfLane;
+constexpr int64_t kSlotsOfBlock = 512;  // that a block scatters, of few
+constexpr int kChunksOfBlock = 2;       // of many
+constexpr int64_t kMaxChunks = 128;
+constexpr int kCountsAtOnce = 16;  // that a thread has in flight
+constexpr int kCountWarps = 4;     // of a block that only counts
 constexpr unsigned kAll = 0xffffffffu;
 
-struct Chunks {
-  int count;
-  int64_t length;  // slots of each but the last, a multiple of 32
+struct Plan {
+  bool few;
+  int chunks, chunks_of_block, blocks;
+  int64_t length;  // slots of each chunk but the last, a multiple of 32
+  // Where a chunk's slots of each expert go: in shared memory, if they fit there.
+  bool places_in_smem;
+  size_t smem;
 };
 
-__device__ __forceinline__ int64_t end_of_chunk(const SortByExpert& p, Chunks chunks, int chunk) {
-  const int64_t end = (chunk + 1) * chunks.length;
-  return end < p.slots ? end : p.slots;
+Plan cut(int64_t slots, int64_t experts, bool few) {
+  // Besides its slots a chunk costs a count of each expert's.
+  const int64_t least = few ? 32 : std::max(kBatch, experts);
+  const int64_t most = few ? kMaxWarps : kMaxChunks;
+  const int64_t chunks = std::clamp<int64_t>(ceil_div(slots, least), 1, most);
+  const int64_t blocks =
+      few ? std::max<int64_t>(ceil_div(slots, kSlotsOfBlock), 1) : ceil_div(chunks, kChunksOfBlock);
+  const int64_t of_block = ceil_div(chunks, blocks), rows = few ? of_block + chunks : of_block;
+  const size_t totals = kMaxWarps * sizeof(int64_t);
+  const size_t smem = totals + sizeof(int32_t) * static_cast<size_t>(rows * (experts + 1));
+  const bool fit = smem <= device_info().smem_per_block;
+  return {few,
+          static_cast<int>(chunks),
+          static_cast<int>(of_block),
+          static_cast<int>(blocks),
+          ceil_div(ceil_div(slots, chunks), 32) * 32,
+          fit,
+          fit ? smem : totals};
 }
 
-// A warp's next kSlotsOfLane * 32 slots in registers: their loads are in flight at once.
+Plan plan_sort(int64_t slots, int64_t experts) {
+  const Plan plan = cut(slots, experts, slots <= kMaxWarps * kBatch);
+  return plan.few && !plan.places_in_smem ? cut(slots, experts, false) : plan;
+}
+
+// A warp's next kBatch slots in registers: their loads are in flight at once.
 struct Slots {
   __device__ Slots(const SortByExpert& p, int64_t first, int64_t end) {
 #pragma unroll
@@ -51,36 +79,32 @@ struct Slots {
     }
   }
 
-  // count(bin), of the warp's own, gets one more for each slot.
-  template <typename Count>
-  __device__ void add_to(const Count& count) const {
+  __device__ void add_to(int32_t* counts) const {
 #pragma unroll
     for (int i = 0; i < kSlotsOfLane; ++i) {
-      if (bin[i] >= 0) atomicAdd(&count(bin[i]), 1);
+      if (bin[i] >= 0) atomicAdd(&counts[bin[i]], 1);
     }
   }
 
-  // In order: those of one bin go to consecutive places, from place_of(bin) on, which moves on.
-  template <typename Place>
+  // In order: those of one bin go to consecutive places, from places[bin] on, which moves on.
   __device__ void scatter(const SortByExpert& p, int64_t first, int64_t end,
-                          const Place& place_of) const {
+                          int32_t* places) const {
 #pragma unroll
     for (int i = 0; i < kSlotsOfLane; ++i) {
       if (first + 32 * i >= end) break;
-      const int64_t slot = first + 32 * i + threadIdx.x % 32;
+      const auto slot = static_cast<int32_t>(first + 32 * i + threadIdx.x % 32);
       const unsigned peers = __match_any_sync(kAll, bin[i]);
       const int rank = __popc(peers & ((1u << threadIdx.x % 32) - 1));
       if (bin[i] >= 0) {
-        const int place = place_of(bin[i]) + rank;
-        if (p.sorted_slots) p.sorted_slots[place] = static_cast<int32_t>(slot);
-        if (p.slot_rows) p.slot_rows[slot] = bin[i] < p.ids.experts ? place : -1;
+        const int place = places[bin[i]] + rank;
+        p.sorted_slots[place] = slot;
         if (p.source_rows) {
-          p.source_rows[place] = static_cast<int32_t>(slot) / p.topk;
+          p.source_rows[place] = slot / p.topk;
           p.row_weights[place] = weight[i];
         }
       }
       __syncwarp();  // all have read the place
-      if (bin[i] >= 0 && rank == 0) place_of(bin[i]) += __popc(peers);
+      if (bin[i] >= 0 && rank == 0) places[bin[i]] += __popc(peers);
       __syncwarp();
     }
   }
@@ -89,207 +113,126 @@ struct Slots {
   float weight[kSlotsOfLane];
 };
 
-// ---- few slots ----
+// By one warp, of its own chunk.
+__device__ __forceinline__ void clear(int32_t* counts, int64_t bins) {
+  for (int64_t bin = threadIdx.x % 32; bin < bins; bin += 32) counts[bin] = 0;
+  __syncwarp();
+}
 
-// Both sums of a bin at once: slots in the low half, row tiles in the high one.
-constexpr int kHalf = 16;
-static_assert(kOneKernelSlots < 1 << (kHalf - 1));
+__device__ __forceinline__ int64_t end_of_chunk(const SortByExpert& p, const Plan& plan,
+                                                int chunk) {
+  const int64_t end = (chunk + 1) * plan.length;
+  return chunk >= plan.chunks ? 0 : end < p.slots ? end : p.slots;
+}
 
-// Shared memory: counts [chunks][bins], begin [bins], a block scan's totals.
-__global__ void __launch_bounds__(kBlock) sort_kernel(const SortByExpert p, Chunks chunks) {
+// Fills p.counts [chunks][bins].
+__global__ void __launch_bounds__(32 * kCountWarps)
+    count_kernel(const SortByExpert p, const Plan plan) {
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
-  const int bins = static_cast<int>(p.ids.experts) + 1, lane = threadIdx.x % 32;
-  const int chunk = threadIdx.x / 32;
-  int32_t* const counts = reinterpret_cast<int32_t*>(ptx::dynamic_smem());
-  int32_t* const own = counts + chunk * bins;
-  int32_t* const begin = counts + chunks.count * bins;
-  int* const totals = begin + bins;
-  const int64_t first = chunk * chunks.length;
-  const int64_t end = chunk < chunks.count ? end_of_chunk(p, chunks, chunk) : 0;
-  const Slots slots(p, first, end);
-  if (chunk < chunks.count) {
-    for (int b = lane; b < bins; b += 32) own[b] = 0;
-    __syncwarp();
-    slots.add_to([&](int b) -> int32_t& { return own[b]; });
+  const int chunk = blockIdx.x * kCountWarps + threadIdx.x / 32;
+  if (chunk >= plan.chunks) return;
+  const int64_t bins = p.ids.experts + 1, end = end_of_chunk(p, plan, chunk);
+  int32_t* const counts = p.counts + chunk * bins;
+  clear(counts, bins);
+  for (int64_t first = chunk * plan.length; first < end; first += kBatch) {
+    Slots(p, first, end).add_to(counts);
   }
-  __syncthreads();
+}
 
-  int before = 0;  // of the bins before this round's
+// Shared memory: a block scan's totals, places [chunks_of_block][bins] and, of few slots, counts
+// [chunks][bins].
+template <bool kFew>
+__global__ void __launch_bounds__(32 * kMaxWarps)
+    sort_kernel(const SortByExpert p, const Plan plan) {
+  ptx::wait_for_earlier_kernels();
+  ptx::let_next_kernel_start();
+  const int64_t bins = p.ids.experts + 1;
+  const int first_chunk = blockIdx.x * plan.chunks_of_block;
+  const int chunk = (kFew ? 0 : first_chunk) + threadIdx.x / 32;
+  int64_t* const totals = reinterpret_cast<int64_t*>(ptx::dynamic_smem());
+  int32_t* const smem = reinterpret_cast<int32_t*>(totals + kMaxWarps);
+  int32_t* const places =
+      kFew || plan.places_in_smem ? smem : p.counts + (plan.chunks + first_chunk) * bins;
+  int32_t* const counts = kFew ? smem + plan.chunks_of_block * bins : p.counts;
+  const int64_t end = end_of_chunk(p, plan, chunk);
+  int64_t first = chunk * plan.length;
+  Slots slots(p, first, end);
+  if constexpr (kFew) {
+    if (chunk < plan.chunks) {
+      clear(counts + chunk * bins, bins);
+      slots.add_to(counts + chunk * bins);
+    }
+    __syncthreads();
+  }
+
+  int64_t before = 0;  // of the bins before this round's: slots, and row tiles in the high half
   const int height = p.row_tiles.height;
-  for (int round = 0; round < bins; round += blockDim.x) {
-    const int b = round + threadIdx.x;
+  for (int64_t first_bin = 0; first_bin < bins; first_bin += blockDim.x) {
+    const int64_t bin = first_bin + threadIdx.x;
     int in_bin = 0;
-    if (b < bins) {
-#pragma unroll 8
-      for (int c = 0; c < chunks.count; ++c) {
-        const int here = counts[c * bins + b];
-        counts[c * bins + b] = in_bin;
-        in_bin += here;
+    for (int c = 0; bin < bins && c < plan.chunks; c += kCountsAtOnce) {
+      int here[kCountsAtOnce];
+#pragma unroll
+      for (int i = 0; i < kCountsAtOnce; ++i) {
+        here[i] = c + i < plan.chunks ? counts[(c + i) * bins + bin] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kCountsAtOnce; ++i) {
+        const int of_block = c + i - first_chunk;
+        if (0 <= of_block && of_block < plan.chunks_of_block)
+          places[of_block * bins + bin] = in_bin;
+        in_bin += here[i];
       }
     }
-    const int tiles = height > 0 && b < p.ids.experts ? (in_bin + height - 1) / height : 0;
-    int of_round;
-    const int both = tiles << kHalf | in_bin;
-    const int upto = before + block_scan(both, Sum(), totals, of_round) - both;
-    if (b < bins) begin[b] = upto & ((1 << kHalf) - 1);
-    if (b < bins && blockIdx.x == 0) {
-      p.expert_offsets[b] = begin[b];
+    const int64_t tiles = height > 0 && bin < p.ids.experts ? (in_bin + height - 1) / height : 0;
+    const int64_t both = tiles << 32 | in_bin;
+    int64_t of_round;
+    const int64_t upto = before + block_scan(both, Sum(), totals, of_round) - both;
+    const auto begin = static_cast<int32_t>(upto);
+    if (bin < bins) {
+      for (int i = 0; i < plan.chunks_of_block; ++i) places[i * bins + bin] += begin;
+    }
+    if (bin < bins && blockIdx.x == 0) {
+      p.expert_offsets[bin] = begin;
       if (tiles > 0) {
-        write_row_tiles(p.row_tiles, b, begin[b], in_bin, p.row_tiles.data() + (upto >> kHalf));
+        write_row_tiles(p.row_tiles, bin, begin, in_bin, p.row_tiles.data() + (upto >> 32));
       }
     }
     before += of_round;
   }
   if (height > 0 && blockIdx.x == 0 && threadIdx.x == 0) {
-    *p.row_tiles.head = {before >> kHalf, {}};
+    *p.row_tiles.head = {static_cast<int32_t>(before >> 32), {}};
   }
   __syncthreads();
-  if (chunk % gridDim.x != blockIdx.x || chunk >= chunks.count) return;
-  for (int b = lane; b < bins; b += 32) own[b] += begin[b];
-  __syncwarp();
-  slots.scatter(p, first, end, [&](int b) -> int32_t& { return own[b]; });
-}
-
-// ---- many slots ----
-
-constexpr int64_t kBatch = 32 * kSlotsOfLane;
-
-// A chunk's counts while its warp works on them: in shared memory, [warps][bins], or in place.
-struct Counts {
-  __device__ Counts(const SortByExpert& p, Chunks chunks, int chunk, bool in_smem)
-      : in_place(p.counts + chunk), chunks(chunks.count), own(in_place), stride(chunks.count) {
-    if (!in_smem) return;
-    own = reinterpret_cast<int32_t*>(ptx::dynamic_smem()) + threadIdx.x / 32 * (p.ids.experts + 1);
-    stride = 1;
+  const int of_block = chunk - first_chunk;
+  if (of_block < 0 || of_block >= plan.chunks_of_block) return;
+  for (; first < end; first += kBatch) {
+    slots.scatter(p, first, end, places + of_block * bins);
+    slots = Slots(p, first + kBatch, end);
   }
-  __device__ int32_t& operator()(int64_t bin) const { return own[bin * stride]; }
-  __device__ int32_t& global(int64_t bin) const { return in_place[bin * chunks]; }
-
-  int32_t* in_place;
-  int64_t chunks;
-  int32_t* own;
-  int64_t stride;
-};
-
-// A warp takes a chunk: kScatter is false, then true.
-template <bool kScatter>
-__global__ void __launch_bounds__(32 * kWarpsAtOnce)
-    chunk_kernel(const SortByExpert p, Chunks chunks, bool in_smem) {
-  ptx::wait_for_earlier_kernels();
-  ptx::let_next_kernel_start();
-  const int chunk = blockIdx.x * kWarpsAtOnce + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (chunk >= chunks.count) return;
-  const int64_t bins = p.ids.experts + 1, end = end_of_chunk(p, chunks, chunk);
-  const Counts counts(p, chunks, chunk, in_smem);
-  for (int64_t bin = lane; bin < bins; bin += 32) {
-    counts(bin) = kScatter ? counts.global(bin) + p.expert_offsets[bin] : 0;
-  }
-  __syncwarp();
-  for (int64_t first = chunk * chunks.length; first < end; first += kBatch) {
-    const Slots slots(p, first, end);
-    kScatter ? slots.scatter(p, first, end, counts) : slots.add_to(counts);
-  }
-  __syncwarp();
-  if constexpr (!kScatter) {
-    for (int64_t bin = lane; in_smem && bin < bins; bin += 32) counts.global(bin) = counts(bin);
-  }
-}
-
-// A warp takes a bin: its counts become the places of the chunks within it.
-__device__ __forceinline__ int sum_bin(int32_t* counts, int chunks) {
-  const int lane = threadIdx.x % 32;
-  int here[kMaxChunks / 32], in_bin = 0;
-#pragma unroll
-  for (int i = 0; i < kMaxChunks / 32; ++i) {
-    here[i] = 32 * i + lane < chunks ? counts[32 * i + lane] : 0;
-  }
-#pragma unroll
-  for (int i = 0; i < kMaxChunks / 32; ++i) {
-    if (32 * i >= chunks) break;
-    const int upto = warp_scan(here[i], Sum());
-    if (32 * i + lane < chunks) counts[32 * i + lane] = in_bin + upto - here[i];
-    in_bin += __shfl_sync(kAll, upto, 31);
-  }
-  return in_bin;
-}
-
-__global__ void __launch_bounds__(kBlock) sum_kernel(const SortByExpert p, Chunks chunks) {
-  ptx::wait_for_earlier_kernels();
-  ptx::let_next_kernel_start();
-  int* const totals = reinterpret_cast<int*>(ptx::dynamic_smem());
-  const int64_t bins = p.ids.experts + 1;
-  for (int64_t bin = threadIdx.x / 32; bin < bins; bin += kMaxWarps) {
-    const int in_bin = sum_bin(p.counts + bin * chunks.count, chunks.count);
-    if (threadIdx.x % 32 == 0) p.expert_offsets[bin] = in_bin;
-  }
-  __syncthreads();
-  int before = 0;  // slots of the bins before this round's
-  for (int64_t first = 0; first < bins; first += kBlock) {
-    const int64_t bin = first + threadIdx.x;
-    const int in_bin = bin < bins ? p.expert_offsets[bin] : 0;
-    int in_round;
-    const int upto = block_scan(in_bin, Sum(), totals, in_round);
-    if (bin < bins) p.expert_offsets[bin] = before + upto - in_bin;
-    before += in_round;
-  }
-  if (p.row_tiles.height == 0) return;
-  __syncthreads();  // the offsets are written, the shared memory is free
-  lay_row_tiles<kBlock>(p.expert_offsets, p.ids.experts, p.slots, p.row_tiles,
-                        *reinterpret_cast<RowTilesStorage<kBlock>*>(totals));
-}
-
-// Of equal length, as many as there would be of `least` slots.
-Chunks cut(int64_t slots, int64_t least, int64_t max_chunks) {
-  const int64_t all = (slots + least - 1) / least;
-  const int64_t count = all < 1 ? 1 : (all < max_chunks ? all : max_chunks);
-  return {static_cast<int>(count), ((slots + count - 1) / count + 31) / 32 * 32};
-}
-
-Chunks cut_few(int64_t slots) { return cut(slots, 32, kMaxWarps); }
-
-// Besides its slots a chunk costs a count of each expert's.
-Chunks cut_many(int64_t slots, int64_t experts) {
-  return cut(slots, experts < kBatch ? kBatch : experts, kMaxChunks);
-}
-
-// Of the one block.
-size_t sort_smem(Chunks chunks, int64_t experts) {
-  return sizeof(int32_t) * (static_cast<size_t>(chunks.count + 1) * (experts + 1) + kMaxWarps);
-}
-
-bool fits_one_kernel(int64_t slots, int64_t experts) {
-  return slots <= kOneKernelSlots &&
-         sort_smem(cut_few(slots), experts) <= device_info().smem_per_block;
 }
 
 }  // namespace
 
 int64_t sort_by_expert_counts(int64_t slots, int64_t experts) {
-  return fits_one_kernel(slots, experts) ? 0 : cut_many(slots, experts).count * (experts + 1);
+  const Plan plan = plan_sort(slots, experts);
+  if (plan.few) return 0;
+  const int64_t rows = plan.places_in_smem ? 0 : plan.blocks * plan.chunks_of_block;
+  return (plan.chunks + rows) * (experts + 1);
 }
 
 void sort_by_expert(const SortByExpert& p, cudaStream_t stream) {
-  if (fits_one_kernel(p.slots, p.ids.experts)) {
-    const Chunks chunks = cut_few(p.slots);
-    // A warp a chunk, and a thread a bin as far as there are threads.
-    const int64_t warps_of_bins = (p.ids.experts + 32) / 32;
-    const int64_t warps = chunks.count > warps_of_bins ? chunks.count : warps_of_bins;
-    const int64_t blocks = p.slots > 0 ? (p.slots + kSlotsOfBlock - 1) / kSlotsOfBlock : 1;
-    launch<Start::kEarly>(sort_kernel, blocks,
-                          32 * static_cast<int>(warps < kMaxWarps ? warps : kMaxWarps),
-                          sort_smem(chunks, p.ids.experts), stream, p, chunks);
-    return;
+  const Plan plan = plan_sort(p.slots, p.ids.experts);
+  // A warp a chunk, and a thread a bin as far as there are threads.
+  const int64_t warps = std::clamp<int64_t>(
+      ceil_div(p.ids.experts + 1, 32), plan.few ? plan.chunks : plan.chunks_of_block, kMaxWarps);
+  if (!plan.few) {
+    launch<Start::kEarly>(count_kernel, ceil_div(plan.chunks, kCountWarps), 32 * kCountWarps, 0,
+                          stream, p, plan);
   }
-  const Chunks chunks = cut_many(p.slots, p.ids.experts);
-  const int blocks = (chunks.count + kWarpsAtOnce - 1) / kWarpsAtOnce;
-  const size_t smem = sizeof(int32_t) * kWarpsAtOnce * static_cast<size_t>(p.ids.experts + 1);
-  const bool in_smem = smem <= 48 << 10 && smem <= device_info().smem_per_block;
-  launch<Start::kEarly>(chunk_kernel<false>, blocks, 32 * kWarpsAtOnce, in_smem ? smem : 0, stream,
-                        p, chunks, in_smem);
-  launch<Start::kEarly>(sum_kernel, 1, kBlock, sizeof(RowTilesStorage<kBlock>), stream, p, chunks);
-  launch<Start::kEarly>(chunk_kernel<true>, blocks, 32 * kWarpsAtOnce, in_smem ? smem : 0, stream,
-                        p, chunks, in_smem);
+  launch<Start::kEarly>(plan.few ? sort_kernel<true> : sort_kernel<false>, plan.blocks, 32 * warps,
+                        plan.smem, stream, p, plan);
 }
 
 }  // namespace simple_moe::cuda

@@ -210,12 +210,12 @@ class Emulator:
 
     def sort_by_expert(self, topk_ids, num_experts, expert_offset=0, *, topk=1, topk_weights=None,
                        tile_height=0, **machine):  # fmt: skip
-        """expert_offsets, sorted_slots, slot_rows; with topk_weights also source_rows, row_weights
+        """expert_offsets, sorted_slots; with topk_weights also source_rows, row_weights
         and, at a tile_height, the row tiles (the first holds their count)."""
         slots = topk_ids.numel()
         scalars = dict(slots=slots, experts=num_experts, topk=topk, tile_height=tile_height,
                        **_id_scalars(topk_ids, expert_offset))  # fmt: skip
-        sizes = dict(expert_offsets=num_experts + 1, sorted_slots=slots, slot_rows=slots)
+        sizes = dict(expert_offsets=num_experts + 1, sorted_slots=slots)
         if topk_weights is not None:
             sizes |= dict(source_rows=slots)
         outputs = {k: torch.empty(size, dtype=torch.int32) for k, size in sizes.items()}
@@ -227,7 +227,7 @@ class Emulator:
         inputs = dict(topk_ids=topk_ids, topk_weights=topk_weights)
         return self.run("sort_by_expert", scalars, inputs, outputs, **machine)
 
-    def grouped_gemm(self, a, b, expert_offsets, *, rows=None, bias=None, source_rows=None,
+    def grouped_gemm(self, a, b, expert_offsets, *, rows=None, bias=None, source_rows=None, out_rows=None,
                      activation="identity", gate_layout="gate_up",
                      alpha=None, beta=None, limit=None, row_weights=None, out_dtype=None,
                      out_padding=0, zero_other_rows=True, columns=None,
@@ -240,7 +240,7 @@ class Emulator:
         n //= 2 if entry.gated else 1
         rows = a.shape[0] if rows is None else rows
         inputs = dict(a=a, b=b, expert_offsets=expert_offsets, source_rows=source_rows,
-                      topk_ids=topk_ids, bias=bias, row_weights=row_weights, expert_alpha=alpha,
+                      out_rows=out_rows, topk_ids=topk_ids, bias=bias, row_weights=row_weights, expert_alpha=alpha,
                       expert_beta=beta, expert_limit=limit)  # fmt: skip
         scalars = dict(a_stride=a.stride(0), rows=rows, n=n, k=k, experts=experts,
                        b_expert_stride=b.stride(0),
@@ -261,17 +261,16 @@ class Emulator:
         out = torch.empty(experts, m, n, dtype=out_dtype or a.dtype)
         return self.run("grouped_gemm_wgrad", scalars, inputs, dict(out=out), **machine)
 
-    def combine(self, expert_out, weights, *, tokens, topk, slot_rows=None, sorted_slots=None,
-                expert_offsets=None, topk_ids=None, experts=0, expert_offset=0, out_dtype=None,
-                **machine):  # fmt: skip
+    def combine(self, expert_out, weights, *, tokens, topk, sorted_slots=None, expert_offsets=None,
+                topk_ids=None, experts=0, expert_offset=0, out_dtype=None, **machine):  # fmt: skip
+        """`topk_ids`: rows in the slots' order, in the place of the two before it."""
         rows, hidden = expert_out.shape
         experts = experts if expert_offsets is None else expert_offsets.numel() - 1
         scalars = dict(expert_out_stride=expert_out.stride(0), tokens=tokens, hidden=hidden,
                        rows=rows, topk=topk, experts=experts,
                        **_id_scalars(topk_ids, expert_offset))  # fmt: skip
-        inputs = dict(expert_out=expert_out, weights=weights, slot_rows=slot_rows,
-                      topk_ids=topk_ids, sorted_slots=sorted_slots,
-                      expert_offsets=expert_offsets)  # fmt: skip
+        inputs = dict(expert_out=expert_out, weights=weights, topk_ids=topk_ids,
+                      sorted_slots=sorted_slots, expert_offsets=expert_offsets)  # fmt: skip
         out = torch.empty(tokens, hidden, dtype=out_dtype or expert_out.dtype)
         return self.run("combine", scalars, inputs, dict(out=out), **machine)
 

@@ -111,7 +111,6 @@ void sort_by_expert(Request& r) {
   p.slots = r.scalar("slots");
   p.expert_offsets = r.data<int32_t>("expert_offsets");
   p.sorted_slots = r.data<int32_t>("sorted_slots");
-  p.slot_rows = r.data<int32_t>("slot_rows");
   p.topk = r.scalar("topk");
   p.topk_weights = r.floats("topk_weights");
   p.source_rows = r.data<int32_t>("source_rows");
@@ -135,6 +134,7 @@ void grouped_gemm(Request& r) {
   p.experts = r.scalar("experts");
   p.expert_offsets = r.data<int32_t>("expert_offsets");
   p.source_rows = r.data<int32_t>("source_rows");
+  p.out_rows = r.data<int32_t>("out_rows");
   p.b = r.data("b");
   p.b_expert_stride = r.scalar("b_expert_stride");
   p.b_row_stride = r.scalar("b_row_stride");
@@ -191,7 +191,6 @@ void combine(Request& r) {
   p.rows = r.scalar("rows");
   p.topk = r.scalar("topk");
   p.weights = r.floats("weights");
-  p.slot_rows = r.data<int32_t>("slot_rows");
   p.sorted_slots = r.data<int32_t>("sorted_slots");
   p.expert_offsets = r.data<int32_t>("expert_offsets");
   if (p.expert_offsets) p.slot_rows = r.scratch<int32_t>(p.tokens * p.topk);
