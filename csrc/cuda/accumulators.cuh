@@ -27,15 +27,6 @@ class Accumulators {
     return static_cast<int>(threadIdx.x) / 32 % Shape::kWarpCols * Shape::kColsOfWarp;
   }
 
-  __device__ void clear() {
-#pragma unroll
-    for (int i = 0; i < kI; ++i) {
-#pragma unroll
-      for (int j = 0; j < kJ; ++j)
-        acc_[i][j][0] = acc_[i][j][1] = acc_[i][j][2] = acc_[i][j][3] = 0;
-    }
-  }
-
   // Where a lane's row of a piece goes, and its routing weight.
   struct Target {
     int row;
@@ -81,7 +72,7 @@ class Accumulators {
   }
 
  protected:
-  float acc_[kI][kJ][4];
+  float acc_[kI][kJ][4] = {};
 
  private:
   static constexpr int kStagedJ = Shape::kStagedCols / 8;

@@ -12,7 +12,10 @@ struct Sum {
   }
 };
 struct Max {
-  __device__ __forceinline__ int operator()(int a, int b) const { return a > b ? a : b; }
+  template <typename T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
 };
 
 template <typename T, typename Op>

@@ -7,14 +7,13 @@
 
 namespace simple_moe::cuda {
 
-// One per dtype and kernel, each in a file of its own: they take the compiler's time.
-void grouped_gemm_f16(const GroupedGemm& p, cudaStream_t stream);
-void grouped_gemm_bf16(const GroupedGemm& p, cudaStream_t stream);
-void grouped_gemm_any_f16(const GroupedGemm& p, cudaStream_t stream);
-void grouped_gemm_any_bf16(const GroupedGemm& p, cudaStream_t stream);
-void grouped_gemm_f32(const GroupedGemm& p, cudaStream_t stream);
-void grouped_gemm_sm90_f16(const GroupedGemm& p, cudaStream_t stream);
-void grouped_gemm_sm90_bf16(const GroupedGemm& p, cudaStream_t stream);
+// Each for each dtype in a file of its own: they take the compiler's time.
+template <typename T>
+void launch_sm80(const GroupedGemm& p, cudaStream_t stream);
+template <typename T>
+void launch_sm90(const GroupedGemm& p, cudaStream_t stream);
+template <typename T>
+void launch_any(const GroupedGemm& p, cudaStream_t stream);
 
 namespace {
 
@@ -89,14 +88,10 @@ void row_tiles(const GroupedGemm& p, cudaStream_t stream) {
 void grouped_gemm(const GroupedGemm& p, cudaStream_t stream) {
   if (p.rows == 0 || p.n == 0) return;
   zero_other_rows(p, stream);
-  const bool whole_vectors = is_whole_vectors(p);
-  switch (p.dtype) {
-    case DType::kFloat16:
-      return whole_vectors ? grouped_gemm_f16(p, stream) : grouped_gemm_any_f16(p, stream);
-    case DType::kBFloat16:
-      return whole_vectors ? grouped_gemm_bf16(p, stream) : grouped_gemm_any_bf16(p, stream);
-    case DType::kFloat32:
-      return grouped_gemm_f32(p, stream);
+  if (!is_whole_vectors(p)) {
+    with_type(p.dtype, [&](auto type) { launch_any<decltype(type)>(p, stream); });
+  } else {
+    p.dtype == DType::kFloat16 ? launch_sm80<f16>(p, stream) : launch_sm80<bf16>(p, stream);
   }
 }
 
@@ -110,7 +105,7 @@ void grouped_gemm_sm90(const GroupedGemm& p, cudaStream_t stream) {
   // Few rows wait for memory, and the sm80 backend's tiles suit them better.
   if (p.row_tiles.height < 128 || !is_whole_vectors(p) || p.n == 0) return grouped_gemm(p, stream);
   zero_other_rows(p, stream);
-  p.dtype == DType::kFloat16 ? grouped_gemm_sm90_f16(p, stream) : grouped_gemm_sm90_bf16(p, stream);
+  p.dtype == DType::kFloat16 ? launch_sm90<f16>(p, stream) : launch_sm90<bf16>(p, stream);
 }
 #endif
 

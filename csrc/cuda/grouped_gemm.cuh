@@ -69,7 +69,6 @@ __device__ __forceinline__ void multiply_items(const GroupedGemm& p, const Divis
     const int live = Product::live(item);
     if (live > 0) {
       Product product;
-      product.clear();
       product.multiply_item(steps, live, copier, cursor);
       const auto target = product.target_of(p, item, 0);
       product.settle();

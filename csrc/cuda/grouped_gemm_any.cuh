@@ -1,5 +1,5 @@
 // grouped_gemm's kernel for what grouped_gemm.cuh can't take: any alignment and size, b with k as
-// its slow axis, a float32 output.
+// its slow axis, float32.
 //
 // Schedule: a persistent block walks its items. All 4 warps load and multiply (mma_tile.cuh), then
 // the accumulators pass through shared memory, so that the epilogue is a small rolled loop and the
@@ -20,33 +20,68 @@ struct Alignment {
   bool a, b, out;  // whether rows can be accessed 16 bytes at a time
 };
 
-// The row of `a` behind an output row.
-__device__ __forceinline__ int64_t source_row(const GroupedGemm& p, int64_t row) {
-  return p.source_rows ? p.source_rows[row] : row;
-}
-
 // The row of b behind a column of a tile, or -1 where there is none.
 template <int kCols>
 __device__ __forceinline__ int64_t weight_row(const GroupedGemm& p, int column_tile, int column) {
-  if (!is_gated(p.activation.kind)) {
-    const int64_t row = static_cast<int64_t>(column_tile) * kCols + column;
-    return row < p.n ? row : -1;
-  }
-  const bool up = column >= kCols / 2;
-  const int64_t output = static_cast<int64_t>(column_tile) * (kCols / 2) + column % (kCols / 2);
-  return output < p.n ? branch_row(p, output, up) : -1;
+  const bool gated = is_gated(p.activation.kind);
+  const int width = gated ? kCols / 2 : kCols;
+  const int64_t output = static_cast<int64_t>(column_tile) * width + column % width;
+  if (output >= p.n) return -1;
+  return gated ? branch_row(p, output, column >= width) : output;
 }
 
-// Items may be higher than the product's tile: they are taken in pieces.
-template <typename Product, typename Multiply>
-__device__ __forceinline__ void for_each_item(const GroupedGemm& p, const Divisor& column_tiles,
-                                              bool out_aligned, const Multiply& multiply) {
-  using Shape = typename Product::Shape;
+// An item's rows of a, gathered.
+template <typename Shape>
+__device__ __forceinline__ auto rows_of_a(const GroupedGemm& p, const Item& item, bool aligned) {
+  using A = KMajor<typename Shape::T, Shape::kRows, Shape::kDepth>;
+  A a{.lines = {}, .k = p.k, .aligned = aligned};
+#pragma unroll
+  for (int pass = 0; pass < A::kPasses; ++pass) {
+    if (A::line(pass) >= item.row_count) continue;
+    const int64_t row = item.row_begin + A::line(pass);
+    a.lines[pass] = static_cast<const typename Shape::T*>(p.a) +
+                    (p.source_rows ? p.source_rows[row] : row) * p.a_stride;
+  }
+  return a;
+}
+
+// `kLineMajorB`: b's rows are contiguous along n, not along k (a transposed view).
+template <typename Shape, bool kLineMajorB>
+__device__ __forceinline__ auto columns_of_b(const GroupedGemm& p, const Item& item, bool aligned) {
+  using T = typename Shape::T;
+  const T* const weights = static_cast<const T*>(p.b) + item.expert * p.b_expert_stride;
+  if constexpr (kLineMajorB) {
+    // A vector's columns of a tile are neighbours in memory, or every other one where gates and ups
+    // are interleaved.
+    using B = LineMajor<T, Shape::kCols, Shape::kDepth>;
+    const bool gated = is_gated(p.activation.kind);
+    const int64_t row = weight_row<Shape::kCols>(p, item.column_tile, B::first_line());
+    const int width = gated ? Shape::kCols / 2 : Shape::kCols;
+    const int64_t left =
+        p.n - static_cast<int64_t>(item.column_tile) * width - B::first_line() % width;
+    const int count = left < 0 ? 0 : (left < kPer16<T> ? static_cast<int>(left) : kPer16<T>);
+    const int64_t stride = gated && p.gate_layout == GateLayout::kInterleaved ? 2 : 1;
+    return B{weights + (row < 0 ? 0 : row), p.b_col_stride, stride, count, p.k, aligned};
+  } else {
+    using B = KMajor<T, Shape::kCols, Shape::kDepth>;
+    B b{.lines = {}, .k = p.k, .aligned = aligned};
+#pragma unroll
+    for (int pass = 0; pass < B::kPasses; ++pass) {
+      const int64_t row = weight_row<Shape::kCols>(p, item.column_tile, B::line(pass));
+      b.lines[pass] = row < 0 ? nullptr : weights + row * p.b_row_stride;
+    }
+    return b;
+  }
+}
+
+template <typename Shape, bool kLineMajorB>
+__global__ void __launch_bounds__(kMmaThreads, 2)
+    grouped_gemm_any_kernel(const GroupedGemm p, const Divisor column_tiles, Alignment aligned) {
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
   unsigned char* const smem = ptx::dynamic_smem();
   const Items items(p, column_tiles);
-  int done = 0;  // rows of the item
+  int done = 0;  // rows of the item, which may be higher than the tile: it is taken in pieces
   for (unsigned number = blockIdx.x;;) {
     Item item = items.find(number, items.look(number));
     if (item.row_count == 0) break;
@@ -59,14 +94,15 @@ __device__ __forceinline__ void for_each_item(const GroupedGemm& p, const Diviso
       continue;
     }
     done += Shape::kRows;
-    Product product;
-    multiply(product, item, smem);
+    MmaTile<Shape> product;
+    product.multiply(rows_of_a<Shape>(p, item, aligned.a),
+                     columns_of_b<Shape, kLineMajorB>(p, item, aligned.b), p.k, smem);
     const int width = is_gated(p.activation.kind) ? Shape::kCols / 2 : Shape::kCols;
     product.stage(smem, [&](int first, const float* staged) {
       const int left = item.row_count - first;
       const int rows = left < Shape::kStagedRows ? left : Shape::kStagedRows;
       finish_rows(p, item.expert, item.row_begin + first, rows,
-                  static_cast<int64_t>(item.column_tile) * width, width, out_aligned,
+                  static_cast<int64_t>(item.column_tile) * width, width, aligned.out,
                   [&](int row, int column, bool up) {
                     return staged[row * Shape::kPitch + (up ? width : 0) + column];
                   });
@@ -74,51 +110,8 @@ __device__ __forceinline__ void for_each_item(const GroupedGemm& p, const Diviso
   }
 }
 
-// `kLineMajorB`: b's rows are contiguous along n, not along k (a transposed view).
-template <typename T, typename Shape, bool kLineMajorB>
-__global__ void __launch_bounds__(kMmaThreads, 2)
-    grouped_gemm_any_kernel(const GroupedGemm p, const Divisor column_tiles, Alignment aligned) {
-  for_each_item<MmaTile<T, Shape>>(
-      p, column_tiles, aligned.out, [&](auto& product, const Item& item, unsigned char* smem) {
-        using A = KMajor<T, Shape::kRows, Shape::kDepth>;
-        A a{.lines = {}, .k = p.k, .aligned = aligned.a};
-#pragma unroll
-        for (int pass = 0; pass < A::kPasses; ++pass) {
-          const int row = A::line(pass);
-          a.lines[pass] =
-              row < item.row_count
-                  ? static_cast<const T*>(p.a) + source_row(p, item.row_begin + row) * p.a_stride
-                  : nullptr;
-        }
-        const T* const weights = static_cast<const T*>(p.b) + item.expert * p.b_expert_stride;
-        if constexpr (kLineMajorB) {
-          // 8 columns of a tile are neighbours in memory, or every other one where gates and ups
-          // are interleaved.
-          using B = LineMajor<T, Shape::kCols, Shape::kDepth>;
-          const bool gated = is_gated(p.activation.kind);
-          const int64_t row = weight_row<Shape::kCols>(p, item.column_tile, B::first_line());
-          const int width = gated ? Shape::kCols / 2 : Shape::kCols;
-          const int64_t left =
-              p.n - static_cast<int64_t>(item.column_tile) * width - B::first_line() % width;
-          const int count = left < 0 ? 0 : (left < kVector ? static_cast<int>(left) : kVector);
-          const int64_t stride = gated && p.gate_layout == GateLayout::kInterleaved ? 2 : 1;
-          const B b{weights + (row < 0 ? 0 : row), p.b_col_stride, stride, count, p.k, aligned.b};
-          product.multiply(a, b, p.k, smem);
-        } else {
-          using B = KMajor<T, Shape::kCols, Shape::kDepth>;
-          B b{.lines = {}, .k = p.k, .aligned = aligned.b};
-#pragma unroll
-          for (int pass = 0; pass < B::kPasses; ++pass) {
-            const int64_t row = weight_row<Shape::kCols>(p, item.column_tile, B::line(pass));
-            b.lines[pass] = row < 0 ? nullptr : weights + row * p.b_row_stride;
-          }
-          product.multiply(a, b, p.k, smem);
-        }
-      });
-}
-
-template <typename Shape, typename Kernel>
-void launch_any(Kernel kernel, const GroupedGemm& p, int threads, cudaStream_t stream) {
+template <typename Shape>
+void launch_any_shape(const GroupedGemm& p, cudaStream_t stream) {
   const DeviceInfo& device = device_info();
   const int64_t blocks_per_sm = static_cast<int64_t>(device.smem_per_sm / (Shape::kBytes + 1024));
   const int64_t resident = device.sm_count * (blocks_per_sm < 1 ? 1 : blocks_per_sm);
@@ -132,24 +125,23 @@ void launch_any(Kernel kernel, const GroupedGemm& p, int threads, cudaStream_t s
   }
   const Alignment aligned{rows_are_aligned(p.a, p.a_stride, p.dtype), b_aligned,
                           rows_are_aligned(p.out, p.out_stride, p.out_dtype)};
-  launch<Start::kEarly>(kernel, items < resident ? items : resident, threads, Shape::kBytes, stream,
-                        p, Divisor(columns), aligned);
+  launch<Start::kEarly>(
+      line_major ? grouped_gemm_any_kernel<Shape, true> : grouped_gemm_any_kernel<Shape, false>,
+      items < resident ? items : resident, kMmaThreads, Shape::kBytes, stream, p, Divisor(columns),
+      aligned);
 }
 
-template <typename T, bool kLineMajorB>
-void launch_any_shape(const GroupedGemm& p, cudaStream_t stream) {
-  // rows, columns, k and stages of a tile; rows of warps
-  using FewRows = TileShape<16, 128, 64, 4, 1>;
-  using SomeRows = TileShape<64, 128, 32, 4, 2>;
-  using ManyRows = TileShape<128, 128, 32, 4, 2>;
-  const auto launch_one = [&](auto shape) {
-    using Shape = decltype(shape);
-    launch_any<Shape>(grouped_gemm_any_kernel<T, Shape, kLineMajorB>, p, kMmaThreads, stream);
-  };
+template <typename T>
+void launch_any(const GroupedGemm& p, cudaStream_t stream) {
+  // rows, columns, bytes of a line and stages of a tile; rows of warps
+  using SomeRows = TileShape<T, 64, 128, 64, 4, 2>;
   const int height = p.row_tiles.height;
-  height <= 16   ? launch_one(FewRows())
-  : height <= 64 ? launch_one(SomeRows())
-                 : launch_one(ManyRows());
+  if (std::is_same_v<T, float> || (16 < height && height <= 64)) {
+    launch_any_shape<SomeRows>(p, stream);
+  } else if constexpr (!std::is_same_v<T, float>) {
+    height <= 16 ? launch_any_shape<TileShape<T, 16, 128, 128, 4, 1>>(p, stream)
+                 : launch_any_shape<TileShape<T, 128, 128, 64, 4, 2>>(p, stream);
+  }
 }
 
 }  // namespace simple_moe::cuda

@@ -1,10 +1,5 @@
 #include "grouped_gemm_any.cuh"
 
 namespace simple_moe::cuda {
-
-void grouped_gemm_any_f16(const GroupedGemm& p, cudaStream_t stream) {
-  p.b_col_stride == 1 ? launch_any_shape<f16, false>(p, stream)
-                      : launch_any_shape<f16, true>(p, stream);
+template void launch_any<f16>(const GroupedGemm& p, cudaStream_t stream);
 }
-
-}  // namespace simple_moe::cuda

@@ -1,9 +1,5 @@
 #include "grouped_gemm_sm80.cuh"
 
 namespace simple_moe::cuda {
-
-void grouped_gemm_bf16(const GroupedGemm& p, cudaStream_t stream) {
-  launch_best_shape<bf16>(p, stream);
+template void launch_sm80<bf16>(const GroupedGemm& p, cudaStream_t stream);
 }
-
-}  // namespace simple_moe::cuda

@@ -1,9 +1,5 @@
 #include "grouped_gemm_sm80.cuh"
 
 namespace simple_moe::cuda {
-
-void grouped_gemm_f16(const GroupedGemm& p, cudaStream_t stream) {
-  launch_best_shape<f16>(p, stream);
+template void launch_sm80<f16>(const GroupedGemm& p, cudaStream_t stream);
 }
-
-}  // namespace simple_moe::cuda

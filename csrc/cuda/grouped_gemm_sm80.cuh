@@ -17,7 +17,7 @@ bool launch_shape(const GroupedGemm& p, int number, cudaStream_t stream,
 }
 
 template <typename T>
-void launch_best_shape(const GroupedGemm& p, cudaStream_t stream) {
+void launch_sm80(const GroupedGemm& p, cudaStream_t stream) {
   const ProductSize size{p.rows, p.experts, p.n, p.k, is_gated(p.activation.kind)};
   const int number = choose_shape(p.row_tiles, size, device_info());
   if (!launch_shape<T>(p, number, stream, std::make_integer_sequence<int, kShapeCount>())) {

@@ -1,13 +1,14 @@
-// One output tile's product on tensor cores: acc[kRows, kCols] += a[kRows, k] * b[k, kCols].
+// One output tile's product: acc[kRows, kCols] += a[kRows, k] * b[k, kCols], on tensor cores, or in
+// IEEE float32 on the plain ones.
 //
 // Schedule, for the block's 4 warps: all threads copy the operands' next kDepth of k into a ring of
 // kStages slots with cp.async, kStages - 1 slots ahead of the one being multiplied; a slot is
 // refilled right after the barrier that says that everybody is done with it. Every accumulator adds
-// its products in ascending k, 16 at a time, in every tile shape: the bits don't depend on the
-// shape chosen. In flight: (kStages - 1) * (kRows + kCols) * kDepth * 2 bytes a block.
+// its products in ascending k (tensor cores: 16 at a time) in every tile shape: the bits don't
+// depend on the shape chosen. In flight: (kStages - 1) * (kRows + kCols) * kLineBytes a block.
 //
-// Shared memory holds 16-byte vectors of 8 elements, permuted (XOR) so that the 8 rows that one
-// ldmatrix reads lie in different banks.
+// Shared memory holds 16-byte vectors, permuted (XOR) so that the 8 rows that one ldmatrix reads,
+// or a warp's lanes of a float, lie in different banks.
 #pragma once
 
 #include "floats.cuh"
@@ -17,17 +18,20 @@ namespace simple_moe {
 
 constexpr int kMmaThreads = 128;
 
-// 8 values from `from` on, `stride` apart, to 16 bytes of shared memory: the first `count`, and
-// zeros. `aligned`: they are neighbours, and those of 16 bytes.
+template <typename T>
+constexpr int kPer16 = 16 / sizeof(T);  // elements of a vector
+
+// A vector from `from` on, its elements `stride` apart, to shared memory: the first `count`, and
+// zeros. `aligned`: they are neighbours, and at a multiple of 16 bytes.
 template <typename T>
 __device__ __forceinline__ void copy_vector(unsigned char* to, const T* from, int64_t stride,
                                             int64_t count, bool aligned) {
-  if (count <= 0 || (aligned && count >= kVector)) {
+  if (count <= 0 || (aligned && count >= kPer16<T>)) {
     ptx::cp_async_16(ptx::smem_address(to), count > 0 ? from : nullptr, count > 0);
   } else {
-    alignas(16) T values[kVector];
+    alignas(16) T values[kPer16<T>];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) values[i] = i < count ? from[i * stride] : T{0};
+    for (int i = 0; i < kPer16<T>; ++i) values[i] = i < count ? from[i * stride] : T{0};
     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
   }
 }
@@ -35,8 +39,8 @@ __device__ __forceinline__ void copy_vector(unsigned char* to, const T* from, in
 // An operand whose k is contiguous: kLines rows of a, or columns of b.
 template <typename T, int kLines, int kDepth>
 struct KMajor {
-  static constexpr int kBytes = kLines * kDepth * 2;
-  static constexpr int kVectors = kDepth / kVector;  // of a line
+  static constexpr int kBytes = kLines * kDepth * sizeof(T);
+  static constexpr int kVectors = kDepth / kPer16<T>;  // of a line
   static constexpr int kPerPass = kMmaThreads / kVectors;
   static constexpr int kPasses = (kLines + kPerPass - 1) / kPerPass;
 
@@ -54,7 +58,7 @@ struct KMajor {
   }
 
   __device__ void copy(unsigned char* slot, int64_t first_k) const {
-    const int64_t at = first_k + vector() * kVector;
+    const int64_t at = first_k + vector() * kPer16<T>;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       if (kLines % kPerPass != 0 && line(pass) >= kLines) continue;
@@ -71,24 +75,27 @@ struct KMajor {
     const int across = of_a ? lane / 16 : lane / 8 % 2;
     ptx::ldmatrix_x4(fragment, ptx::smem_address(slot + place(line + down, step * 2 + across)));
   }
+  __device__ static T at(const unsigned char* slot, int line, int k) {
+    return reinterpret_cast<const T*>(slot + place(line, k / kPer16<T>))[k % kPer16<T>];
+  }
 };
 
 // An operand whose lines are contiguous: k is the slow axis.
 template <typename T, int kLines, int kDepth>
 struct LineMajor {
-  static constexpr int kBytes = kLines * kDepth * 2;
-  static constexpr int kVectors = kLines / kVector;  // of one k
+  static constexpr int kBytes = kLines * kDepth * sizeof(T);
+  static constexpr int kVectors = kLines / kPer16<T>;  // of one k
   static constexpr int kPerPass = kMmaThreads / kVectors;
   static constexpr int kPasses = kDepth / kPerPass;
 
   const T* data;  // of this thread's first line, at k = 0
   int64_t k_stride;
   int64_t line_stride;  // between this thread's lines; `aligned` means 1
-  int count;            // of its 8 lines, how many there are
+  int count;            // of its vector's lines, how many there are
   int64_t k;
   bool aligned;
 
-  __device__ static int first_line() { return threadIdx.x % kVectors * kVector; }
+  __device__ static int first_line() { return threadIdx.x % kVectors * kPer16<T>; }
 
   __device__ static int place(int depth, int vector) {
     return (depth * kVectors + (vector ^ (depth % 8))) * 16;
@@ -110,35 +117,40 @@ struct LineMajor {
     const int down = of_a ? lane / 16 * 8 + lane % 8 : lane % 16;
     const int across = of_a ? lane / 8 % 2 : lane / 16;
     ptx::ldmatrix_x4_trans(
-        fragment, ptx::smem_address(slot + place(step * 16 + down, line / kVector + across)));
+        fragment, ptx::smem_address(slot + place(step * 16 + down, line / kPer16<T> + across)));
+  }
+  __device__ static T at(const unsigned char* slot, int line, int k) {
+    return reinterpret_cast<const T*>(slot + place(k, line / kPer16<T>))[line % kPer16<T>];
   }
 };
 
 // How a tile is shared out: kRows x kCols of output, warps in a grid of kWarpRows x kWarpCols.
-template <int kRows_, int kCols_, int kDepth_, int kStages_, int kWarpRows>
+template <typename T_, int kRows_, int kCols_, int kLineBytes, int kStages_, int kWarpRows>
 struct TileShape {
-  static constexpr int kRows = kRows_, kCols = kCols_, kDepth = kDepth_, kStages = kStages_;
+  using T = T_;
+  static constexpr int kRows = kRows_, kCols = kCols_, kStages = kStages_;
+  static constexpr int kDepth = kLineBytes / sizeof(T);
   static constexpr int kWarpCols = kMmaThreads / 32 / kWarpRows;
   static constexpr int kRowsOfWarp = kRows / kWarpRows, kColsOfWarp = kCols / kWarpCols;
   static constexpr int kPitch = kCols + 8;  // floats between rows of the staged result
   // The result is staged so many rows at a time.
   static constexpr int kStagedRows = kRows < 64 ? kRows : 64;
-  static constexpr int kRingBytes = kStages * (kRows + kCols) * kDepth * 2;
+  static constexpr int kRingBytes = kStages * (kRows + kCols) * kLineBytes;
   static constexpr int kStagedBytes = kStagedRows * kPitch * 4;
   static constexpr int kBytes = kRingBytes > kStagedBytes ? kRingBytes : kStagedBytes;
   static_assert(kRowsOfWarp % 16 == 0 && kColsOfWarp % 16 == 0, "fragments are 16 x 16");
 };
 
-template <typename T, typename Shape_>
+template <typename Shape>
 class MmaTile {
- public:
-  using Shape = Shape_;
+  using T = typename Shape::T;
 
+ public:
   // `smem`: Shape::kBytes, in nobody's use.
   template <typename A, typename B>
   __device__ void multiply(const A& a, const B& b, int64_t k, unsigned char* smem) {
-    static_assert(A::kBytes + B::kBytes == (Shape::kRows + Shape::kCols) * Shape::kDepth * 2);
     constexpr int kSlotBytes = A::kBytes + B::kBytes;
+    static_assert(Shape::kStages * kSlotBytes == Shape::kRingBytes);
     const int steps = static_cast<int>((k + Shape::kDepth - 1) / Shape::kDepth);
     const auto copy = [&](int step) {
       if (step < steps) {
@@ -154,9 +166,14 @@ class MmaTile {
       __syncthreads();  // This slot has landed for all; all are done with the one before it.
       copy(step + Shape::kStages - 1);
       const unsigned char* const slot = smem + step % Shape::kStages * kSlotBytes;
+      if constexpr (std::is_same_v<T, float>) {
+#pragma unroll 4
+        for (int k = 0; k < Shape::kDepth; ++k) multiply_one<A, B>(slot, slot + A::kBytes, k);
+      } else {
 #pragma unroll
-      for (int k16 = 0; k16 < Shape::kDepth / 16; ++k16) {
-        multiply_slot<A, B>(slot, slot + A::kBytes, k16);
+        for (int k16 = 0; k16 < Shape::kDepth / 16; ++k16) {
+          multiply_16<A, B>(slot, slot + A::kBytes, k16);
+        }
       }
     }
     ptx::cp_async_wait<0>();
@@ -174,18 +191,12 @@ class MmaTile {
     for (int first = 0; first < Shape::kRows; first += Shape::kStagedRows) {
       const int row = warp_row() - first;
       if (0 <= row && row < Shape::kStagedRows) {
+        float* const to = staged + (row + lane / 4) * Shape::kPitch + warp_col() + lane % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < kI; ++i) {
-#pragma unroll
-          for (int j = 0; j < kJ; ++j) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int r = row + i * 16 + half * 8 + lane / 4;
-              const int c = warp_col() + j * 8 + lane % 4 * 2;
-              *reinterpret_cast<float2*>(staged + r * Shape::kPitch + c) =
-                  make_float2(acc_[i][j][2 * half], acc_[i][j][2 * half + 1]);
-            }
-          }
+        for (int n = 0; n < 2 * kI * kJ; ++n) {  // 8 rows and columns each
+          const int i = n / kJ, j = n % kJ;
+          const float* const from = acc_[i / 2][j] + i % 2 * 2;
+          *reinterpret_cast<float2*>(to + i * 8 * Shape::kPitch + j * 8) = {from[0], from[1]};
         }
       }
       __syncthreads();
@@ -204,8 +215,9 @@ class MmaTile {
     return static_cast<int>(threadIdx.x / 32) % Shape::kWarpCols * Shape::kColsOfWarp;
   }
 
+  // 16 of k, on tensor cores.
   template <typename A, typename B>
-  __device__ void multiply_slot(const unsigned char* a_slot, const unsigned char* b_slot, int k16) {
+  __device__ void multiply_16(const unsigned char* a_slot, const unsigned char* b_slot, int k16) {
     uint32_t a[kI][4], b[kJ / 2][4];
 #pragma unroll
     for (int i = 0; i < kI; ++i) A::load(a[i], a_slot, warp_row() + i * 16, k16, true);
@@ -217,6 +229,22 @@ class MmaTile {
       for (int j = 0; j < kJ; ++j) {
         ptx::mma_m16n8k16<T>(acc_[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
       }
+    }
+  }
+
+  // One k, on the plain cores: a thread has the outputs that tensor cores would give it.
+  template <typename A, typename B>
+  __device__ void multiply_one(const unsigned char* a_slot, const unsigned char* b_slot, int k) {
+    const int row = warp_row() + threadIdx.x % 32 / 4, col = warp_col() + threadIdx.x % 4 * 2;
+    float a[2 * kI], b[2 * kJ];
+#pragma unroll
+    for (int i = 0; i < 2 * kI; ++i) a[i] = A::at(a_slot, row + i * 8, k);
+#pragma unroll
+    for (int j = 0; j < 2 * kJ; ++j) b[j] = B::at(b_slot, col + j / 2 * 8 + j % 2, k);
+#pragma unroll
+    for (int i = 0; i < 4 * kI * kJ; ++i) {
+      float& sum = acc_[i / 4 / kJ][i / 4 % kJ][i % 4];
+      sum = fmaf(a[i / 4 / kJ * 2 + i % 4 / 2], b[i / 4 % kJ * 2 + i % 2], sum);
     }
   }
 

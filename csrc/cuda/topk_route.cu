@@ -5,6 +5,7 @@
 // in shared memory (global where a row of keys doesn't fit). K times the warp looks for the largest
 // (key, lower id first) below the last one. Every sum has a fixed order.
 #include "activation.h"
+#include "block_scan.cuh"
 #include "device.h"
 #include "floats.cuh"
 #include "launch.h"
@@ -40,6 +41,15 @@ __device__ __forceinline__ int32_t id_of(uint64_t rank) {
   return static_cast<int32_t>(~static_cast<uint32_t>(rank));
 }
 
+// Of a value of each lane, in every lane.
+template <typename T, typename Op>
+__device__ __forceinline__ T reduce(T value, Op op) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value = op(value, __shfl_xor_sync(kAll, value, distance));
+  }
+  return value;
+}
+
 // The largest rank below `limit` of keys[0 ... count), in every lane.
 __device__ uint64_t largest_below(uint64_t limit, const uint32_t* keys, int64_t count) {
   uint64_t best = 0;
@@ -47,11 +57,7 @@ __device__ uint64_t largest_below(uint64_t limit, const uint32_t* keys, int64_t 
     const uint64_t rank = rank_of(keys[i], i);
     if (rank < limit && rank > best) best = rank;
   }
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const uint64_t other = __shfl_xor_sync(kAll, best, distance);
-    if (other > best) best = other;
-  }
-  return best;
+  return reduce(best, Max());
 }
 
 // One token's scores, from its logits.
@@ -67,17 +73,12 @@ class Scores {
       const float logit = ptx::to_float(logits_[e]);
       if (logit > largest_) largest_ = logit;
     }
-    for (int distance = 16; distance > 0; distance /= 2) {
-      const float other = __shfl_xor_sync(kAll, largest_, distance);
-      if (other > largest_) largest_ = other;
-    }
+    largest_ = reduce(largest_, Max());
     for (int64_t e = lane; e < p.experts; e += 32) {
       const float term = expf(ptx::to_float(logits_[e]) - largest_);
       if (term == term) sum_ += term;
     }
-    for (int distance = 16; distance > 0; distance /= 2) {
-      sum_ += __shfl_xor_sync(kAll, sum_, distance);
-    }
+    sum_ = reduce(sum_, Sum());
   }
 
   __device__ float operator()(int64_t expert) const {

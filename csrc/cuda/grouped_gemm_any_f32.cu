@@ -1,0 +1,5 @@
+#include "grouped_gemm_any.cuh"
+
+namespace simple_moe::cuda {
+template void launch_any<float>(const GroupedGemm& p, cudaStream_t stream);
+}
