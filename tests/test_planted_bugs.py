@@ -40,7 +40,7 @@ PLANTED = {
         TOYS, "stage.b[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]",
         "stage.b[lane / 8 % 2 * 8 + lane % 8][lane / 16 * 8]", toy_gemms),
     "scan without its barrier": (
-        SCAN, "__syncthreads();\n  T before = 0;", "T before = 0;", properties.test_toy_scan),
+        SCAN, "__syncthreads();\n  const T upto", "const T upto", properties.test_toy_scan),
     "scan over its last readers": (
         SCAN, "__syncthreads();  // the last scan's readers are done", "",
         properties.test_sort_by_expert),
@@ -120,7 +120,7 @@ PLANTED = {
         properties.test_topk_route),
     "NaN counted in the sum": (ROUTE, "if (term == term) sum_", "sum_", properties.test_topk_route),
     "counts not waited for": (
-        SORT, "__syncthreads();\n  }\n\n  int64_t before", "}\n\n  int64_t before",
+        SORT, "__syncthreads();\n  }\n\n  constexpr", "}\n\n  constexpr",
         properties.test_sort_by_expert),
     "chunks' counts not carried on": (
         SORT, "in_bin += here[i];", "in_bin = here[i];",

@@ -32,19 +32,15 @@ __device__ __forceinline__ T warp_scan(T value, Op op) {
 // scan of the whole block, in every thread.
 template <typename T, typename Op>
 __device__ __forceinline__ T block_scan(T value, Op op, T* warp_totals, T& total) {
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   value = warp_scan(value, op);
   __syncthreads();  // the last scan's readers are done
-  if (threadIdx.x % 32 == 31) warp_totals[warp] = value;
+  if (lane == 31) warp_totals[warp] = value;
   __syncthreads();
-  T before = 0;
-  total = 0;
-#pragma unroll 4
-  for (int w = 0; w < warps; ++w) {
-    if (w < warp) before = op(before, warp_totals[w]);
-    total = op(total, warp_totals[w]);
-  }
-  return op(before, value);
+  const T upto = warp_scan(lane < blockDim.x / 32 ? warp_totals[lane] : T{}, op);
+  total = __shfl_sync(0xffffffffu, upto, 31);
+  const T before = __shfl_sync(0xffffffffu, upto, warp - 1);
+  return warp == 0 ? value : op(before, value);
 }
 
 }  // namespace simple_moe

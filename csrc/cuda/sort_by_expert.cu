@@ -30,8 +30,7 @@ constexpr int64_t kBatch = 32 * kSlotsOfLane;
 constexpr int64_t kSlotsOfBlock = 512;  // that a block scatters, of few
 constexpr int kChunksOfBlock = 2;       // of many
 constexpr int64_t kMaxChunks = 128;
-constexpr int kCountsAtOnce = 16;  // that a thread has in flight
-constexpr int kCountWarps = 4;     // of a block that only counts
+constexpr int kCountWarps = 4;  // of a block that only counts
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Plan {
@@ -48,16 +47,16 @@ Plan cut(int64_t slots, int64_t experts, bool few) {
   const int64_t least = few ? 32 : std::max(kBatch, experts);
   const int64_t most = few ? kMaxWarps : kMaxChunks;
   const int64_t chunks = std::clamp<int64_t>(ceil_div(slots, least), 1, most);
-  const int64_t blocks =
-      few ? std::max<int64_t>(ceil_div(slots, kSlotsOfBlock), 1) : ceil_div(chunks, kChunksOfBlock);
-  const int64_t of_block = ceil_div(chunks, blocks), rows = few ? of_block + chunks : of_block;
+  const int64_t of_block =
+      few ? ceil_div(chunks, std::max<int64_t>(ceil_div(slots, kSlotsOfBlock), 1)) : kChunksOfBlock;
+  const int64_t rows = few ? of_block + chunks : of_block;
   const size_t totals = kMaxWarps * sizeof(int64_t);
   const size_t smem = totals + sizeof(int32_t) * static_cast<size_t>(rows * (experts + 1));
   const bool fit = smem <= device_info().smem_per_block;
   return {few,
           static_cast<int>(chunks),
           static_cast<int>(of_block),
-          static_cast<int>(blocks),
+          static_cast<int>(ceil_div(chunks, of_block)),
           ceil_div(ceil_div(slots, chunks), 32) * 32,
           fit,
           fit ? smem : totals};
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   int32_t* const counts = kFew ? smem + plan.chunks_of_block * bins : p.counts;
   const int64_t end = end_of_chunk(p, plan, chunk);
   int64_t first = chunk * plan.length;
-  Slots slots(p, first, end);
+  Slots slots(p, first, kFew ? end : 0);
   if constexpr (kFew) {
     if (chunk < plan.chunks) {
       clear(counts + chunk * bins, bins);
@@ -166,19 +165,20 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
     __syncthreads();
   }
 
+  constexpr int kAtOnce = kFew ? 4 : 16;  // counts that a thread has in flight
   int64_t before = 0;  // of the bins before this round's: slots, and row tiles in the high half
   const int height = p.row_tiles.height;
   for (int64_t first_bin = 0; first_bin < bins; first_bin += blockDim.x) {
     const int64_t bin = first_bin + threadIdx.x;
     int in_bin = 0;
-    for (int c = 0; bin < bins && c < plan.chunks; c += kCountsAtOnce) {
-      int here[kCountsAtOnce];
+    for (int c = 0; bin < bins && c < plan.chunks; c += kAtOnce) {
+      int here[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kCountsAtOnce; ++i) {
+      for (int i = 0; i < kAtOnce; ++i) {
         here[i] = c + i < plan.chunks ? counts[(c + i) * bins + bin] : 0;
       }
 #pragma unroll
-      for (int i = 0; i < kCountsAtOnce; ++i) {
+      for (int i = 0; i < kAtOnce; ++i) {
         const int of_block = c + i - first_chunk;
         if (0 <= of_block && of_block < plan.chunks_of_block)
           places[of_block * bins + bin] = in_bin;
@@ -207,10 +207,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   __syncthreads();
   const int of_block = chunk - first_chunk;
   if (of_block < 0 || of_block >= plan.chunks_of_block) return;
-  for (; first < end; first += kBatch) {
+  do {
+    if constexpr (!kFew) slots = Slots(p, first, end);
     slots.scatter(p, first, end, places + of_block * bins);
-    slots = Slots(p, first + kBatch, end);
-  }
+    first += kBatch;
+  } while (!kFew && first < end);
 }
 
 }  // namespace
