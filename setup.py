@@ -104,10 +104,10 @@ def ninja_file(version: str) -> str:
     nvcc = find_nvcc()
     targets = cuda_targets() if nvcc else {}
     # wgmma is in no code but sm_90a: its kernels are compiled for that alone, wherever there is
-    # code for Hopper.
+    # code for Hopper. With PTX: a driver may be told to compile everything (CUDA_FORCE_PTX_JIT).
     wgmma_kernels = set(ROOT.glob("csrc/cuda/*_sm90_*.cu"))
     hopper = {"compute_90", "compute_90a"} & targets.keys()
-    wgmma_targets = {"compute_90a": ["sm_90a"]} if hopper else {}
+    wgmma_targets = {"compute_90a": ["sm_90a", "compute_90a"]} if hopper else {}
     cxx = shlex.split(CXX_FLAGS)
     cxx += ["-Icsrc", "-isystem", str(torch / "include")]
     cxx += ["-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*MIN_TORCH)]
