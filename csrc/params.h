@@ -128,7 +128,7 @@ struct SortByExpert {
   TopkIds ids;
   int64_t slots;
   int32_t* expert_offsets;  // [experts + 1]
-  int32_t* sorted_slots;    // [slots] or null
+  int32_t* sorted_slots;    // [slots]
   // What a layer's products want of each slot in sorted order: its token and its routing weight.
   // Both null, or both and topk_weights not.
   int topk;
@@ -142,7 +142,7 @@ struct SortByExpert {
 // out[out_rows[r]] = epilogue(a[source_rows[r]] @ b[e].T) for the rows r of expert e, which are
 // expert_offsets[e] <= r < expert_offsets[e + 1]:
 //   + bias[e], then the activation, then * row_weights[r], each where it is set.
-// Other rows of out are left alone, or zeroed with `zero_other_rows`.
+// Other rows of out are left alone, or zeroed with `zero_other_rows`, which goes without out_rows.
 struct GroupedGemm {
   DType dtype, out_dtype;
   const void* a;

@@ -212,7 +212,7 @@ def test_sort_by_expert(emulator, data, dtype, seed, machine):
 def test_sort_by_expert_many_chunks(emulator):
     """Two kernels: chunks of 256 slots, or of as many as there are experts, whose places don't fit
     into shared memory."""
-    for slots, experts in ((9000, 3), (20_000, 600), (3000, 4000)):
+    for slots, experts in ((9000, 3), (20_000, 600), (5000, 2200)):
         ids = Random(slots).integers(slots, low=-1, high=experts, dtype=torch.int32)
         offsets, sorted_slots = twice(
             emulator.sort_by_expert, ids, experts, smem_per_block=16 << 10, sm_count=2
@@ -220,6 +220,15 @@ def test_sort_by_expert_many_chunks(emulator):
         expected_offsets, expected_slots = reference.sort_by_expert(ids, experts)
         assert torch.equal(offsets, expected_offsets)
         assert torch.equal(sorted_slots, expected_slots)
+
+
+@pytest.mark.parametrize("experts", [8, 600, 1300, 3000, 30_000])
+def test_sort_by_expert_needs_no_more_for_fewer_slots(emulator, experts):
+    """A long input's last piece is shorter than those that its scratch was made for."""
+    slots = torch.arange(0, 40_000, 31, dtype=torch.int32)
+    for smem_per_block in (99 << 10, 163 << 10, 227 << 10):
+        counts = emulator.sort_by_expert_counts(slots, experts, smem_per_block=smem_per_block)
+        assert (counts.diff() >= 0).all()
 
 
 # ---- grouped_gemm ----

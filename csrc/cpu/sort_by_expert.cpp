@@ -24,7 +24,7 @@ void sort_by_expert(const SortByExpert& p) {
   for (int64_t slot = 0; slot < p.slots; ++slot) {
     const int64_t expert = local_expert(p.ids, slot);
     const int32_t row = expert < experts ? cursors[expert]++ : not_held_row++;
-    if (p.sorted_slots) p.sorted_slots[row] = static_cast<int32_t>(slot);
+    p.sorted_slots[row] = static_cast<int32_t>(slot);
     if (p.source_rows) {
       p.source_rows[row] = static_cast<int32_t>(slot / p.topk);
       p.row_weights[row] = load(p.topk_weights, slot);

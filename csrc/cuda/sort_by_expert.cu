@@ -28,7 +28,7 @@ constexpr int kMaxWarps = 32;
 constexpr int kSlotsOfLane = 8;  // in registers
 constexpr int64_t kBatch = 32 * kSlotsOfLane;
 constexpr int64_t kSlotsOfBlock = 512;  // that a block scatters, of few
-constexpr int kChunksOfBlock = 2;       // of many
+constexpr int64_t kChunksOfBlock = 2;   // of many
 constexpr int64_t kMaxChunks = 128;
 constexpr int kCountWarps = 4;  // of a block that only counts
 constexpr unsigned kAll = 0xffffffffu;
@@ -48,8 +48,11 @@ Plan cut(int64_t slots, int64_t experts, bool few) {
   const int64_t most = few ? kMaxWarps : kMaxChunks;
   const int64_t chunks = std::clamp<int64_t>(ceil_div(slots, least), 1, most);
   const int64_t of_block =
-      few ? ceil_div(chunks, std::max<int64_t>(ceil_div(slots, kSlotsOfBlock), 1)) : kChunksOfBlock;
-  const int64_t rows = few ? of_block + chunks : of_block;
+      few ? ceil_div(chunks, std::max<int64_t>(ceil_div(slots, kSlotsOfBlock), 1))
+          : std::min(chunks, kChunksOfBlock);
+  // No fewer for more slots, or a last, shorter piece of an input would need counts that others
+  // don't.
+  const int64_t rows = few ? chunks + std::min(chunks, kSlotsOfBlock / 32) : of_block;
   const size_t totals = kMaxWarps * sizeof(int64_t);
   const size_t smem = totals + sizeof(int32_t) * static_cast<size_t>(rows * (experts + 1));
   const bool fit = smem <= device_info().smem_per_block;
@@ -139,8 +142,8 @@ __global__ void __launch_bounds__(32 * kCountWarps)
   }
 }
 
-// Shared memory: a block scan's totals, places [chunks_of_block][bins] and, of few slots, counts
-// [chunks][bins].
+// Shared memory: a block scan's totals, places [chunks_of_block][bins] if they fit and, of few
+// slots, counts [chunks][bins].
 template <bool kFew>
 __global__ void __launch_bounds__(32 * kMaxWarps)
     sort_kernel(const SortByExpert p, const Plan plan) {
@@ -185,7 +188,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
         in_bin += here[i];
       }
     }
-    const int64_t tiles = height > 0 && bin < p.ids.experts ? (in_bin + height - 1) / height : 0;
+    const int64_t tiles =
+        height > 0 && bin < p.ids.experts ? (int64_t{in_bin} + height - 1) / height : 0;
     const int64_t both = tiles << 32 | in_bin;
     int64_t of_round;
     const int64_t upto = before + block_scan(both, Sum(), totals, of_round) - both;

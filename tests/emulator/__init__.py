@@ -227,6 +227,12 @@ class Emulator:
         inputs = dict(topk_ids=topk_ids, topk_weights=topk_weights)
         return self.run("sort_by_expert", scalars, inputs, outputs, **machine)
 
+    def sort_by_expert_counts(self, slots, experts, **machine):
+        scalars, out = dict(n=slots.numel(), experts=experts), torch.empty_like(slots)
+        return self.run(
+            "sort_by_expert_counts", scalars, dict(slots=slots), dict(out=out), **machine
+        )
+
     def grouped_gemm(self, a, b, expert_offsets, *, rows=None, bias=None, source_rows=None, out_rows=None,
                      activation="identity", gate_layout="gate_up",
                      alpha=None, beta=None, limit=None, row_weights=None, out_dtype=None,

@@ -122,6 +122,13 @@ void sort_by_expert(Request& r) {
   cuda::sort_by_expert(p, nullptr);
 }
 
+void sort_by_expert_counts(Request& r) {
+  const int* const slots = r.data<int>("slots");
+  for (int64_t i = 0; i < r.scalar("n"); ++i) {
+    r.data<int>("out")[i] = cuda::sort_by_expert_counts(slots[i], r.scalar("experts"));
+  }
+}
+
 void grouped_gemm(Request& r) {
   GroupedGemm p{};
   p.dtype = r.dtype("a");
@@ -220,10 +227,15 @@ void toy_tiles(Request& r) {
 }
 
 const std::map<std::string, void (*)(Request&)> kOperators = {
-    {"topk_route", topk_route},     {"sort_by_expert", sort_by_expert},
-    {"grouped_gemm", grouped_gemm}, {"grouped_gemm_wgrad", grouped_gemm_wgrad},
-    {"combine", combine},           {"toy_gemm", toy_gemm},
-    {"toy_scan", toy_scan},         {"toy_divide", toy_divide},
+    {"topk_route", topk_route},
+    {"sort_by_expert", sort_by_expert},
+    {"sort_by_expert_counts", sort_by_expert_counts},
+    {"grouped_gemm", grouped_gemm},
+    {"grouped_gemm_wgrad", grouped_gemm_wgrad},
+    {"combine", combine},
+    {"toy_gemm", toy_gemm},
+    {"toy_scan", toy_scan},
+    {"toy_divide", toy_divide},
     {"toy_tiles", toy_tiles},
 };
 
