@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
       }
     }
     const int64_t tiles =
-        height > 0 && bin < p.ids.experts ? (int64_t{in_bin} + height - 1) / height : 0;
+        height > 0 && bin < p.ids.experts ? in_bin / height + (in_bin % height > 0) : 0;
     const int64_t both = tiles << 32 | in_bin;
     int64_t of_round;
     const int64_t upto = before + block_scan(both, Sum(), totals, of_round) - both;
