@@ -28,9 +28,8 @@ constexpr int kMaxWarps = 32;
 constexpr int kSlotsOfLane = 8;  // in registers
 constexpr int64_t kBatch = 32 * kSlotsOfLane;
 constexpr int64_t kSlotsOfBlock = 512;  // that a block scatters, of few
-constexpr int64_t kChunksOfBlock = 2;   // of many
-constexpr int64_t kMaxChunks = 128;
-constexpr int kCountWarps = 4;  // of a block that only counts
+constexpr int kChunksOfBlock = 2;       // of many
+constexpr int64_t kMaxChunks = 256;
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Plan {
@@ -44,25 +43,20 @@ struct Plan {
 
 Plan cut(int64_t slots, int64_t experts, bool few) {
   // Besides its slots a chunk costs a count of each expert's.
-  const int64_t least = few ? 32 : std::max(kBatch, experts);
+  const int64_t least = few ? 32 : std::max(kBatch, experts / 8);
   const int64_t most = few ? kMaxWarps : kMaxChunks;
-  const int64_t chunks = std::clamp<int64_t>(ceil_div(slots, least), 1, most);
-  const int64_t of_block =
-      few ? ceil_div(chunks, std::max<int64_t>(ceil_div(slots, kSlotsOfBlock), 1))
-          : std::min(chunks, kChunksOfBlock);
+  const int chunks = std::clamp<int64_t>(ceil_div(slots, least), 1, most);
+  const int of_block = few ? ceil_div(chunks, std::max<int64_t>(ceil_div(slots, kSlotsOfBlock), 1))
+                           : std::min(chunks, kChunksOfBlock);
+  const int blocks = ceil_div(chunks, of_block);
   // No fewer for more slots, or a last, shorter piece of an input would need counts that others
   // don't.
-  const int64_t rows = few ? chunks + std::min(chunks, kSlotsOfBlock / 32) : of_block;
+  const int64_t rows = few ? chunks + std::min<int64_t>(chunks, kSlotsOfBlock / 32) : of_block;
   const size_t totals = kMaxWarps * sizeof(int64_t);
   const size_t smem = totals + sizeof(int32_t) * static_cast<size_t>(rows * (experts + 1));
   const bool fit = smem <= device_info().smem_per_block;
-  return {few,
-          static_cast<int>(chunks),
-          static_cast<int>(of_block),
-          static_cast<int>(ceil_div(chunks, of_block)),
-          ceil_div(ceil_div(slots, chunks), 32) * 32,
-          fit,
-          fit ? smem : totals};
+  const int64_t length = ceil_div(ceil_div(slots, chunks), 32) * 32;
+  return {few, chunks, of_block, blocks, length, fit, fit ? smem : totals};
 }
 
 Plan plan_sort(int64_t slots, int64_t experts) {
@@ -127,18 +121,24 @@ __device__ __forceinline__ int64_t end_of_chunk(const SortByExpert& p, const Pla
   return chunk >= plan.chunks ? 0 : end < p.slots ? end : p.slots;
 }
 
-// Fills p.counts [chunks][bins].
-__global__ void __launch_bounds__(32 * kCountWarps)
+// Fills p.counts [chunks][bins], by way of as many places in shared memory as sort_kernel has.
+__global__ void __launch_bounds__(32 * kChunksOfBlock)
     count_kernel(const SortByExpert p, const Plan plan) {
   ptx::wait_for_earlier_kernels();
   ptx::let_next_kernel_start();
-  const int chunk = blockIdx.x * kCountWarps + threadIdx.x / 32;
+  const int chunk = blockIdx.x * plan.chunks_of_block + threadIdx.x / 32;
   if (chunk >= plan.chunks) return;
   const int64_t bins = p.ids.experts + 1, end = end_of_chunk(p, plan, chunk);
-  int32_t* const counts = p.counts + chunk * bins;
+  int32_t* const to = p.counts + chunk * bins;
+  int32_t* const smem = reinterpret_cast<int32_t*>(ptx::dynamic_smem()) + threadIdx.x / 32 * bins;
+  int32_t* const counts = plan.places_in_smem ? smem : to;
   clear(counts, bins);
   for (int64_t first = chunk * plan.length; first < end; first += kBatch) {
     Slots(p, first, end).add_to(counts);
+  }
+  __syncwarp();
+  for (int64_t bin = threadIdx.x % 32; plan.places_in_smem && bin < bins; bin += 32) {
+    to[bin] = counts[bin];
   }
 }
 
@@ -233,8 +233,8 @@ void sort_by_expert(const SortByExpert& p, cudaStream_t stream) {
   const int64_t warps = std::clamp<int64_t>(
       ceil_div(p.ids.experts + 1, 32), plan.few ? plan.chunks : plan.chunks_of_block, kMaxWarps);
   if (!plan.few) {
-    launch<Start::kEarly>(count_kernel, ceil_div(plan.chunks, kCountWarps), 32 * kCountWarps, 0,
-                          stream, p, plan);
+    launch<Start::kEarly>(count_kernel, plan.blocks, 32 * plan.chunks_of_block, plan.smem, stream,
+                          p, plan);
   }
   launch<Start::kEarly>(plan.few ? sort_kernel<true> : sort_kernel<false>, plan.blocks, 32 * warps,
                         plan.smem, stream, p, plan);
