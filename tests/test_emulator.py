@@ -436,8 +436,8 @@ def test_grouped_gemm_activation(
 def test_grouped_gemm_many_experts(emulator):
     """More of them than a block looks at in one go."""
     case = dict(rows=200, n=8, k=8, experts=2500, dtype=torch.bfloat16, out_dtype=None,
-                gathered=True, weighted=True, scattered=False, bias="float32", n_major=False, a_padding=0,
-                out_padding=0, misaligned=[], zero_other_rows=True)  # fmt: skip
+                gathered=True, weighted=True, scattered=False, bias="float32", n_major=False,
+                a_padding=0, out_padding=0, misaligned=[], zero_other_rows=True)  # fmt: skip
     for offsets in ("even", "skewed", "malformed"):
         check_grouped_gemm(emulator, case | dict(offsets=offsets), 0, dict(sm_count=3))
 

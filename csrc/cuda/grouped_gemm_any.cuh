@@ -1,5 +1,5 @@
 // grouped_gemm's kernel for what grouped_gemm.cuh can't take: any alignment and size, b with k as
-// its slow axis, float32.
+// its slow axis, float32 in or out.
 //
 // Schedule: a persistent block walks its items. All 4 warps load and multiply (mma_tile.cuh), then
 // the accumulators pass through shared memory, so that the epilogue is a small rolled loop and the

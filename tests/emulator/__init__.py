@@ -233,8 +233,8 @@ class Emulator:
             "sort_by_expert_counts", scalars, dict(slots=slots), dict(out=out), **machine
         )
 
-    def grouped_gemm(self, a, b, expert_offsets, *, rows=None, bias=None, source_rows=None, out_rows=None,
-                     activation="identity", gate_layout="gate_up",
+    def grouped_gemm(self, a, b, expert_offsets, *, rows=None, bias=None, source_rows=None,
+                     out_rows=None, activation="identity", gate_layout="gate_up",
                      alpha=None, beta=None, limit=None, row_weights=None, out_dtype=None,
                      out_padding=0, zero_other_rows=True, columns=None,
                      topk_ids=None, expert_offset=0, sm90=False, **machine):  # fmt: skip
@@ -246,8 +246,8 @@ class Emulator:
         n //= 2 if entry.gated else 1
         rows = a.shape[0] if rows is None else rows
         inputs = dict(a=a, b=b, expert_offsets=expert_offsets, source_rows=source_rows,
-                      out_rows=out_rows, topk_ids=topk_ids, bias=bias, row_weights=row_weights, expert_alpha=alpha,
-                      expert_beta=beta, expert_limit=limit)  # fmt: skip
+                      out_rows=out_rows, topk_ids=topk_ids, bias=bias, row_weights=row_weights,
+                      expert_alpha=alpha, expert_beta=beta, expert_limit=limit)  # fmt: skip
         scalars = dict(a_stride=a.stride(0), rows=rows, n=n, k=k, experts=experts,
                        b_expert_stride=b.stride(0),
                        b_row_stride=b.stride(1), b_col_stride=b.stride(2),
