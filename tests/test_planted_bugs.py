@@ -1,7 +1,5 @@
 """What the properties of test_emulator.py are worth: with a bug planted in a kernel, they fail."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import test_emulator as properties
 from emulator import Emulator, EmulatorError, build
@@ -164,21 +162,10 @@ PLANTED = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def programs(request):
-    """Of the bugs that are asked for, each built while those before it are tested."""
-    asked = [item.callspec.params["bug"] for item in request.session.items
-             if item.module is request.module]  # fmt: skip
-    pool = ThreadPoolExecutor(1)
-    yield {bug: pool.submit(build, {file: (old, new)})
-           for bug in asked for file, old, new, _ in [PLANTED[bug]]}  # fmt: skip
-    pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bug(bug, programs):
-    *_, test = PLANTED[bug]
-    emulator = Emulator(programs[bug].result())
+def test_planted_bug(bug):
+    file, old, new, test = PLANTED[bug]
+    emulator = Emulator(build({file: (old, new)}))
     try:
         with pytest.raises((AssertionError, EmulatorError)):
             test(emulator)
