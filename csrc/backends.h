@@ -15,8 +15,8 @@ struct Backend {
   // Never waits for the device and adds in one order for any number of rows: `auto` and
   // batch_invariant=True ask for it.
   bool keeps_all_promises;
-  // Of one token it takes row_tiles without `head`.
-  bool needs_no_sort_of_one_token;
+  // Whether few tokens may go by grouped_gemv in its place.
+  bool leaves_few_tokens_to_grouped_gemv;
 };
 
 // "auto" or a name that this device and build have; anything else raises.

@@ -43,6 +43,10 @@ RowTiles Place::plan_row_tiles(int64_t rows, int64_t experts, int64_t columns) c
   if (!on_cuda() || rows == 0 || columns == 0) return {};
   return cuda::plan_row_tiles(rows, experts, columns);
 }
+bool Place::grouped_gemv_suits(const GroupedGemm& p) const {
+  return on_cuda() && cuda::grouped_gemv_suits(p);
+}
+void Place::grouped_gemv(const GroupedGemm& p) const { cuda::grouped_gemv(p, stream()); }
 void Place::row_tiles(const GroupedGemm& p) const {
   if (p.row_tiles.height > 0) cuda::row_tiles(p, stream());
 }
@@ -50,6 +54,8 @@ void Place::row_tiles(const GroupedGemm& p) const {
 bool Place::topk_route_needs_keys(const TopkRoute&) const { return false; }
 int64_t Place::sort_by_expert_counts(int64_t, int64_t) const { return 0; }
 RowTiles Place::plan_row_tiles(int64_t, int64_t, int64_t) const { return {}; }
+bool Place::grouped_gemv_suits(const GroupedGemm&) const { return false; }
+void Place::grouped_gemv(const GroupedGemm&) const {}
 void Place::row_tiles(const GroupedGemm&) const {}
 #endif
 

@@ -28,12 +28,16 @@ class Place {
   bool topk_route_needs_keys(const TopkRoute& p) const;
   int64_t sort_by_expert_counts(int64_t slots, int64_t experts) const;
 
+  // Whether grouped_gemv is there, and the best for this product.
+  bool grouped_gemv_suits(const GroupedGemm& p) const;
+
   // The primitives, but for grouped_gemm: there is a choice of those, in backends.h.
   void topk_route(const TopkRoute& p) const;
   void sort_by_expert(const SortByExpert& p) const;
   void row_tiles(const GroupedGemm& p) const;
   void grouped_gemm_wgrad(const GroupedGemmWgrad& p) const;
   void combine(const Combine& p) const;
+  void grouped_gemv(const GroupedGemm& p) const;  // where suited
 
  private:
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;

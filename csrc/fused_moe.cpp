@@ -5,7 +5,10 @@
 //   h1 --grouped_gemm: (h1 @ w2[e].T + b2[e]) * topk_weights--> h2 [T*K, H], in the slots' order
 //   h2 --combine: the sum over each token's slots that are held here--> out [T, H]
 //
-// One token is not sorted where the backend can do without: its slots are the rows.
+// Or, of few tokens, as two: each slot is a row, and none is moved.
+//
+//   x  --grouped_gemv: x[token] @ w1[e].T + b1[e], activation--> h1 [T*K, I], in the slots' order
+//   h1 --grouped_gemv: (h1 @ w2[e].T + b2[e]) * topk_weights, added up--> out [T, H]
 //
 // A long input goes in chunks of tokens, so that the workspace stays bounded. What the sort makes
 // for the products is done with before `out` is written, and lies there meanwhile, unless `out` is
@@ -45,13 +48,55 @@ struct Inputs {
         limits(contiguous_of(a.limit.per_expert)),
         x(rows_of(a.x)),
         w1(expert_matrices_of(a.w1)),
-        w2(expert_matrices_of(a.w2)) {}
+        w2(expert_matrices_of(a.w2)) {
+    const Defaults defaults = defaults_of(layer.activation);
+    first.dtype = first.out_dtype = layer.dtype;
+    first.a = x.data;
+    first.a_stride = x.stride;
+    first.rows = layer.tokens * layer.topk;
+    first.n = first.out_stride = layer.intermediate;
+    first.k = layer.hidden;
+    first.experts = layer.experts;
+    first.b = w1.data;
+    first.b_expert_stride = w1.expert_stride;
+    first.b_row_stride = w1.row_stride;
+    first.b_col_stride = w1.col_stride;
+    first.bias = floats_of(b1);
+    first.activation = {.kind = layer.activation,
+                        .alpha = value_or(a.alpha, defaults.alpha),
+                        .beta = value_or(a.beta, defaults.beta),
+                        .limit = value_or(a.limit, defaults.limit),
+                        .expert_alpha = data_of(alphas),
+                        .expert_beta = data_of(betas),
+                        .expert_limit = data_of(limits)};
+    first.gate_layout = layer.gate_layout;
+    first.ids = {ids.const_data_ptr(), layer.ids_are_int64, layer.experts, a.expert_offset};
+    first.topk = static_cast<int>(layer.topk);
+
+    second = first;
+    second.a = nullptr;
+    second.a_stride = layer.intermediate;
+    second.n = second.out_stride = layer.hidden;
+    second.k = layer.intermediate;
+    second.claimant = 1;
+    second.only_a_is_new = true;
+    second.b = w2.data;
+    second.b_expert_stride = w2.expert_stride;
+    second.b_row_stride = w2.row_stride;
+    second.b_col_stride = w2.col_stride;
+    second.bias = floats_of(b2);
+    second.activation = {};
+    second.gate_layout = GateLayout::kGateUp;
+    second.adds_slots = true;
+  }
 
   const Layer& layer;
   Tensor ids;
   std::optional<Tensor> weights, b1, b2, alphas, betas, limits;
   Rows x;
   ExpertMatrices w1, w2;
+  // Of all tokens, but for what lies in the workspace.
+  GroupedGemm first{}, second{};
 };
 
 // Arrays behind one another, each from a multiple of kAlignment on.
@@ -79,21 +124,20 @@ class Arrays {
   char* memory_ = nullptr;
 };
 
-// What the work on a chunk takes. `routing`: what the sort makes for the products.
+// What the work on a chunk takes. `routing`: what the sort makes for the products, if there is one.
 struct Workspace {
   Workspace(const Place& place, const Layer& layer, int64_t tokens, bool sorted) : sorted(sorted) {
     const int64_t slots = tokens * layer.topk, element = element_size(layer.dtype);
+    h1_at = rows.add(element * slots * layer.intermediate);
+    if (!sorted) return;
     const int64_t columns = layer.hidden < layer.intermediate ? layer.hidden : layer.intermediate;
     tiles = place.plan_row_tiles(slots, layer.experts, columns);
-    if (sorted) {
-      tiles_at = routing.add(tiles.bytes());
-      sorted_slots_at = routing.add(4 * slots);
-      source_rows_at = routing.add(4 * slots);
-      row_weights_at = routing.add(4 * slots);
-      expert_offsets_at = routing.add(4 * (layer.experts + 1));
-      counts_at = routing.add(4 * place.sort_by_expert_counts(slots, layer.experts));
-    }
-    h1_at = rows.add(element * slots * layer.intermediate);
+    tiles_at = routing.add(tiles.bytes());
+    sorted_slots_at = routing.add(4 * slots);
+    source_rows_at = routing.add(4 * slots);
+    row_weights_at = routing.add(4 * slots);
+    expert_offsets_at = routing.add(4 * (layer.experts + 1));
+    counts_at = routing.add(4 * place.sort_by_expert_counts(slots, layer.experts));
     h2_at = rows.add(element * slots * layer.hidden);
   }
 
@@ -101,105 +145,70 @@ struct Workspace {
   RowTiles tiles;
   Arrays routing, rows;
   int64_t tiles_at = 0, sorted_slots_at = 0, source_rows_at = 0, row_weights_at = 0,
-          expert_offsets_at = 0, counts_at = 0, h1_at, h2_at;
+          expert_offsets_at = 0, counts_at = 0, h1_at, h2_at = 0;
 };
 
 // The layer for tokens first ... first + tokens.
-void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const Backend& backend,
+void run_chunk(const Inputs& in, const Place& place, const Backend& backend,
                const Workspace& workspace, int64_t first_token, int64_t tokens, const Tensor& out) {
   const Layer& layer = in.layer;
   const int64_t slots = tokens * layer.topk, first_slot = first_token * layer.topk;
-  const int64_t element = element_size(layer.dtype);
+  const DType out_dtype = dtype_of(out);
   const auto offset = [](const void* data, int64_t bytes) {
     return static_cast<const char*>(data) + bytes;
   };
   Floats weights = floats_of(in.weights);
   weights.data = offset(weights.data, first_slot * element_size(weights.dtype));
+  void* const out_rows = static_cast<char*>(out.mutable_data_ptr()) +
+                         first_token * layer.hidden * static_cast<int64_t>(element_size(out_dtype));
   const Arrays &routing = workspace.routing, &rows = workspace.rows;
-  SortByExpert sort{
-      .ids = {offset(in.ids.const_data_ptr(), first_slot * (layer.ids_are_int64 ? 8 : 4)),
-              layer.ids_are_int64, layer.experts, a.expert_offset},
-      .slots = slots,
-      .expert_offsets = nullptr,
-      .sorted_slots = nullptr,
-      .topk = static_cast<int>(layer.topk),
-      .topk_weights = weights,
-      .source_rows = nullptr,
-      .row_weights = nullptr,
-      .counts = nullptr,
-      .row_tiles = workspace.tiles,
-  };
-  sort.row_tiles.ids = sort.ids;
-  if (workspace.sorted) {
-    sort.expert_offsets = routing.at<int32_t>(workspace.expert_offsets_at);
-    sort.sorted_slots = routing.at<int32_t>(workspace.sorted_slots_at);
-    sort.source_rows = routing.at<int32_t>(workspace.source_rows_at);
-    sort.row_weights = routing.at<float>(workspace.row_weights_at);
-    sort.counts = routing.at<int32_t>(workspace.counts_at);
-    sort.row_tiles.head = routing.at<RowTilesHead>(workspace.tiles_at);
-    place.sort_by_expert(sort);
+
+  GroupedGemm first = in.first;
+  first.a = offset(first.a, first_token * first.a_stride * element_size(layer.dtype));
+  first.rows = slots;
+  first.source_count = tokens;
+  first.ids.data = offset(first.ids.data, first_slot * (layer.ids_are_int64 ? 8 : 4));
+  first.out = rows.at<void>(workspace.h1_at);
+
+  GroupedGemm second = in.second;
+  second.a = first.out;
+  second.rows = second.source_count = slots;
+  second.ids = first.ids;
+
+  if (!workspace.sorted) {
+    second.row_weights = weights;
+    second.out = out_rows;
+    second.out_dtype = out_dtype;
+    place.grouped_gemv(first);
+    place.grouped_gemv(second);
+    return;
   }
 
-  const Defaults defaults = defaults_of(layer.activation);
-  const GroupedGemm first{
-      .dtype = layer.dtype,
-      .out_dtype = layer.dtype,
-      .a = offset(in.x.data, first_token * in.x.stride * element),
-      .a_stride = workspace.sorted ? in.x.stride : 0,
-      .rows = slots,
-      .n = layer.intermediate,
-      .k = layer.hidden,
-      .experts = layer.experts,
-      .expert_offsets = sort.expert_offsets,
-      .source_rows = sort.source_rows,
-      .out_rows = nullptr,
-      .source_count = tokens,
-      .row_tiles = sort.row_tiles,
-      .claimant = 0,
-      .only_a_is_new = false,
-      .b = in.w1.data,
-      .b_expert_stride = in.w1.expert_stride,
-      .b_row_stride = in.w1.row_stride,
-      .b_col_stride = in.w1.col_stride,
-      .bias = floats_of(in.b1),
-      .activation = {.kind = layer.activation,
-                     .alpha = value_or(a.alpha, defaults.alpha),
-                     .beta = value_or(a.beta, defaults.beta),
-                     .limit = value_or(a.limit, defaults.limit),
-                     .expert_alpha = data_of(in.alphas),
-                     .expert_beta = data_of(in.betas),
-                     .expert_limit = data_of(in.limits)},
-      .gate_layout = layer.gate_layout,
-      .row_weights = {},
-      .out = rows.at<void>(workspace.h1_at),
-      .out_stride = layer.intermediate,
-      .zero_other_rows = false,
+  SortByExpert sort{
+      .ids = first.ids,
+      .slots = slots,
+      .expert_offsets = routing.at<int32_t>(workspace.expert_offsets_at),
+      .sorted_slots = routing.at<int32_t>(workspace.sorted_slots_at),
+      .topk = first.topk,
+      .topk_weights = weights,
+      .source_rows = routing.at<int32_t>(workspace.source_rows_at),
+      .row_weights = routing.at<float>(workspace.row_weights_at),
+      .counts = routing.at<int32_t>(workspace.counts_at),
+      .row_tiles = workspace.tiles,
   };
+  sort.row_tiles.head = routing.at<RowTilesHead>(workspace.tiles_at);
+  place.sort_by_expert(sort);
+
+  first.expert_offsets = second.expert_offsets = sort.expert_offsets;
+  first.row_tiles = second.row_tiles = sort.row_tiles;
+  first.source_rows = sort.source_rows;
   backend.grouped_gemm(first, place.stream());
 
-  GroupedGemm second = first;
-  second.a = first.out;
-  second.a_stride = first.out_stride;
-  second.n = layer.hidden;
-  second.k = layer.intermediate;
-  second.source_rows = nullptr;
   second.out_rows = sort.sorted_slots;
-  second.source_count = slots;
-  second.claimant = 1;
-  second.only_a_is_new = true;
-  second.b = in.w2.data;
-  second.b_expert_stride = in.w2.expert_stride;
-  second.b_row_stride = in.w2.row_stride;
-  second.b_col_stride = in.w2.col_stride;
-  second.bias = floats_of(in.b2);
-  second.activation = {};
-  second.gate_layout = GateLayout::kGateUp;
-  second.row_weights = workspace.sorted ? Floats{sort.row_weights} : weights;
+  second.row_weights = Floats{sort.row_weights};
   second.out = rows.at<void>(workspace.h2_at);
-  second.out_stride = layer.hidden;
   backend.grouped_gemm(second, place.stream());
 
-  const DType out_dtype = dtype_of(out);
   const Combine sum{
       .dtype = layer.dtype,
       .out_dtype = out_dtype,
@@ -208,29 +217,29 @@ void run_chunk(const Arguments& a, const Inputs& in, const Place& place, const B
       .tokens = tokens,
       .hidden = layer.hidden,
       .rows = slots,
-      .topk = static_cast<int>(layer.topk),
+      .topk = first.topk,
       .weights = {},
-      .ids = sort.ids,
+      .ids = first.ids,
       .sorted_slots = nullptr,
       .expert_offsets = nullptr,
       .experts = layer.experts,
       .slot_rows = nullptr,
       .only_rows_are_new = true,
-      .out = static_cast<char*>(out.mutable_data_ptr()) +
-             first_token * layer.hidden * static_cast<int64_t>(element_size(out_dtype)),
+      .out = out_rows,
   };
   place.combine(sum);
 }
 
-bool overlaps_an_input(const Arguments& a, const Tensor& out) {
-  for (const Tensor* input : {&a.x, &a.w1, &a.w2, &a.topk_weights, &a.topk_ids}) {
-    if (overlap(out, *input)) return true;
-  }
-  for (const auto* input :
-       {&a.b1, &a.b2, &a.alpha.per_expert, &a.beta.per_expert, &a.limit.per_expert}) {
+// Whether `out` overlaps an input of the second product, or any.
+bool overlaps_second(const Arguments& a, const Tensor& out) {
+  return overlap(out, a.w2) || overlap(out, a.topk_weights) || (a.b2 && overlap(out, *a.b2));
+}
+bool overlaps_any(const Arguments& a, const Tensor& out) {
+  for (const auto* input : {&a.b1, &a.alpha.per_expert, &a.beta.per_expert, &a.limit.per_expert}) {
     if (*input && overlap(out, **input)) return true;
   }
-  return false;
+  return overlap(out, a.x) || overlap(out, a.w1) || overlap(out, a.topk_ids) ||
+         overlaps_second(a, out);
 }
 
 // `out` is contiguous. With tokens, and checked arguments.
@@ -239,9 +248,12 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
   // Equal chunks, as few as keep the workspace under kMost. One only where `out` overlaps an input:
   // the first chunk's output would be read as the second's input.
   constexpr int64_t kMost = int64_t{3} << 30;
-  const bool apart = !overlaps_an_input(a, out);
-  // One token's slots are its rows where the kernels can tell.
-  const bool sorted = layer.tokens > 1 || !backend.needs_no_sort_of_one_token;
+  const bool apart = !overlaps_any(a, out);
+  const Inputs in(a, layer, out);
+  // grouped_gemv adds in an order of its own, and writes `out` while other blocks still read.
+  const bool sorted = a.batch_invariant || !backend.leaves_few_tokens_to_grouped_gemv ||
+                      overlaps_second(a, out) || !place.grouped_gemv_suits(in.first) ||
+                      !place.grouped_gemv_suits(in.second);
   Workspace workspace(place, layer, layer.tokens, sorted);
   const int64_t chunks =
       apart ? (workspace.rows.bytes() + workspace.routing.bytes() + kMost - 1) / kMost : 1;
@@ -261,14 +273,13 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
   char* const begin = static_cast<char*>(memory.mutable_data_ptr());
   workspace.rows.use(begin);
   workspace.routing.use(begin + end_of_rows);
-  const Inputs in(a, layer, out);
   for (int64_t first = 0; first < layer.tokens; first += step) {
     const int64_t tokens = step < layer.tokens - first ? step : layer.tokens - first;
     if (in_out) {
       const auto at = reinterpret_cast<int64_t>(out.mutable_data_ptr()) + first * out_row_bytes;
       workspace.routing.use(reinterpret_cast<char*>(Arrays::aligned(at)));
     }
-    run_chunk(a, in, place, backend, workspace, first, tokens, out);
+    run_chunk(in, place, backend, workspace, first, tokens, out);
   }
 }
 

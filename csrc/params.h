@@ -17,6 +17,12 @@ enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 
 inline size_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
+// Whether rows of this dtype, so many elements apart, can be read and written 16 bytes at a time.
+inline bool rows_are_aligned(const void* data, int64_t stride, DType dtype) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+         stride * static_cast<int64_t>(element_size(dtype)) % 16 == 0;
+}
+
 // A tensor whose dtype is only known at run time (a bias, the routing weights). Null: not there.
 struct Floats {
   const void* data = nullptr;
@@ -81,16 +87,14 @@ struct TopkIds {
   int64_t experts = 0, offset = 0;
 };
 
-// An expert, numbered as those held here; `experts` where it isn't. Compared before the
+// A slot's expert, numbered as those held here; `experts` where it isn't. Compared before the
 // subtraction, which might overflow, and without a branch, so that a GPU reads several ids at once.
-SIMPLE_MOE_HOST_DEVICE int64_t local_expert_of(const TopkIds& ids, int64_t id) {
+SIMPLE_MOE_HOST_DEVICE int64_t local_expert(const TopkIds& ids, int64_t slot) {
+  const int64_t id = ids.are_int64 ? static_cast<const int64_t*>(ids.data)[slot]
+                                   : static_cast<const int32_t*>(ids.data)[slot];
   const uint64_t local = static_cast<uint64_t>(id) - static_cast<uint64_t>(ids.offset);
   const bool held = (id >= ids.offset) & (local < static_cast<uint64_t>(ids.experts));
   return held ? static_cast<int64_t>(local) : ids.experts;
-}
-SIMPLE_MOE_HOST_DEVICE int64_t local_expert(const TopkIds& ids, int64_t slot) {
-  return local_expert_of(ids, ids.are_int64 ? static_cast<const int64_t*>(ids.data)[slot]
-                                            : static_cast<const int32_t*>(ids.data)[slot]);
 }
 
 // A row tile is up to so many neighbouring rows of one expert: what a product's tile is made of.
@@ -110,14 +114,12 @@ struct alignas(16) RowTilesHead {
 };
 static_assert(sizeof(RowTilesHead) == sizeof(RowTile));
 
-// The row tiles of all experts, in order. Or, without `head`, those of one token, which need no
-// sort: row k is slot k's, and a tile of its own if its expert is held here.
+// The row tiles of all experts, in order.
 struct RowTiles {
   int height = 0;  // the most rows of one; 0: there are none
   int group = 1;   // the most tiles of a group
   int most = 0;    // how many there can be
   RowTilesHead* head = nullptr;
-  TopkIds ids;
 
   int64_t bytes() const { return (most + 1) * static_cast<int64_t>(sizeof(RowTile)); }
   SIMPLE_MOE_HOST_DEVICE RowTile* data() const { return reinterpret_cast<RowTile*>(head + 1); }
@@ -167,6 +169,12 @@ struct GroupedGemm {
   void* out;           // [rows, n], contiguous rows out_stride apart
   int64_t out_stride;
   bool zero_other_rows;
+  // For grouped_gemv, which goes by these in the place of expert_offsets and what is made of them:
+  // row r is slot r's, of the token r / topk. Where the slots are not added up, `a` has a row a
+  // token; where they are, `out` has.
+  TopkIds ids = {};
+  int topk = 1;
+  bool adds_slots = false;
 };
 
 // out[e] = a[rows of e].T @ b[rows of e]: the gradient of grouped_gemm's b.

@@ -465,33 +465,100 @@ def test_grouped_gemm_wgrad(emulator, data, dtype, kind, seed, machine):
     assert torch.equal(out.double(), expected)
 
 
-# ---- one token, whose slots are its rows ----
+# ---- grouped_gemv ----
+
+
+@st.composite
+def gemvs(draw):
+    return dict(
+        dtype=draw(st.sampled_from([torch.float16, torch.bfloat16])),
+        out_dtype=draw(st.none() | FLOATS),
+        tokens=draw(st.sampled_from([1, 1, 2, 3])),
+        topk=draw(st.sampled_from([1, 2, 3, 10])),
+        experts=draw(st.sampled_from([1, 3, 8])),
+        expert_offset=draw(st.sampled_from([0, 3])),
+        ids_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
+        n=8 * draw(st.integers(1, 9)),
+        # Less than all threads have vectors for, and more.
+        k=8 * draw(st.integers(1, 40) | st.sampled_from([256, 300, 600])),
+        bias=draw(st.none() | FLOATS),
+        padding=8 * draw(st.sampled_from([0, 0, 1])),
+        out_padding=draw(st.sampled_from([0, 3])),
+    )
+
+
+def gemv_inputs(case, random, branches=1):
+    """a's rows, b, the ids, their local experts and which are held, arguments. What none of the
+    slots want is NaN."""
+    tokens, topk, experts = case["tokens"], case["topk"], case["experts"]
+    ids = random.integers(tokens, topk, low=-1, high=experts, dtype=case["ids_dtype"])
+    held = (ids >= 0) & (ids < experts)
+    local = ids.long().clamp(0, experts - 1)
+    n, k = branches * case["n"], case["k"]
+    b = random.integers(experts, n, k + case["padding"], dtype=case["dtype"])[..., :k]
+    bias = case["bias"] and random.integers(experts, n, dtype=case["bias"])
+    for e in range(experts):
+        if e not in ids:
+            b[e] = torch.nan
+            if bias is not None:
+                bias[e] = torch.nan
+    arguments = dict(bias=bias, out_dtype=case["out_dtype"], out_padding=case["out_padding"],
+                     expert_offset=case["expert_offset"])  # fmt: skip
+    return b, ids + case["expert_offset"], local, held, arguments
 
 
 @examples(60)
-@given(st.data(), FLOATS, SEEDS, MACHINES)
-def test_one_token(emulator, data, dtype, seed, machine):
-    slots, experts = data.draw(st.integers(1, 22)), data.draw(st.sampled_from([1, 3, 8]))
-    expert_offset = data.draw(st.sampled_from([0, 3]))
-    n, k = 8 * data.draw(st.integers(1, 20)), data.draw(SIZES)
-    random = Random(seed)
-    ids_dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
-    ids = random.integers(slots, low=-1, high=experts, dtype=ids_dtype) + expert_offset
-    routing = dict(topk_ids=ids, expert_offset=expert_offset)
-    experts_of = ids.long() - expert_offset
-    held = (experts_of >= 0) & (experts_of < experts)
-    b = random.integers(experts, n, k, dtype=dtype)
-    b[[e for e in range(experts) if e not in experts_of[held]]] = torch.nan
-    x, weights = random.integers(1, k, dtype=dtype), random.integers(slots, dtype=dtype) * 0.25
-    out = twice(emulator.grouped_gemm, x.expand(slots, k), b, None, rows=slots,
-                row_weights=weights, zero_other_rows=False, **routing, **machine)  # fmt: skip
-    products = b.double()[experts_of.clamp(0, experts - 1)] @ x[0].double()
-    expected = (weights.double()[:, None] * products).to(dtype)
-    assert torch.equal(out[held], expected[held])
-    assert out[~held].isnan().all()
-    total = twice(emulator.combine, out, None, tokens=1, topk=slots, experts=experts,
-                  **routing, **machine)  # fmt: skip
-    assert torch.equal(total, expected[held].double().sum(0, keepdim=True).to(dtype))
+@given(gemvs(), SEEDS, MACHINES)
+def test_grouped_gemv(emulator, case, seed, machine):
+    """Of a token's slots: each by itself, and added up."""
+    random, (tokens, topk) = Random(seed), (case["tokens"], case["topk"])
+    b, ids, local, held, arguments = gemv_inputs(case, random)
+    x = random.integers(tokens, case["k"] + case["padding"], dtype=case["dtype"])[:, : case["k"]]
+    product = b.double()[local] @ x[:, None, :, None].double()
+    if arguments["bias"] is not None:
+        product += arguments["bias"].double()[local][..., None]
+    product = product.flatten(0, 1)[..., 0]
+    out = twice(emulator.grouped_gemv, x, b, ids, **arguments, **machine)
+    expected, held_rows = product.to(out.dtype), held.flatten()
+    assert torch.equal(out[held_rows], expected[held_rows])
+
+    rows = x[:, None].expand(tokens, topk, -1).reshape(tokens * topk, -1).clone()
+    weights = random.integers(tokens, topk, dtype=torch.float32) * 0.25
+    rows[~held_rows], weights[~held] = torch.nan, torch.nan
+    out = twice(emulator.grouped_gemv, rows, b, ids, row_weights=weights, adds_slots=True,
+                **arguments, **machine)  # fmt: skip
+    weighted = (weights.double().flatten()[:, None] * product).view(tokens, topk, -1)
+    assert torch.equal(out, weighted.where(held[..., None], 0.0).sum(1).to(out.dtype))
+
+
+@examples(40)
+@given(gemvs(), st.sampled_from(list(reference.ACTIVATIONS)),
+       st.sampled_from(reference.GATE_LAYOUTS), st.booleans(), SEEDS, MACHINES)  # fmt: skip
+def test_grouped_gemv_activation(
+    emulator, case, activation, gate_layout, parameters_given, seed, machine
+):
+    random, entry = Random(seed), reference.ACTIVATIONS[activation]
+    b, ids, local, held, arguments = gemv_inputs(case, random, 2 if entry.gated else 1)
+    x, b = random.integers(case["tokens"], case["k"], dtype=case["dtype"]) / 4, b / 4
+    arguments |= dict(activation=activation, gate_layout=gate_layout)
+    if parameters_given:
+        for name in entry.defaults:
+            arguments[name] = random.integers(case["experts"], low=1, high=4) * 0.5
+    out = twice(emulator.grouped_gemv, x, b, ids, **arguments, **machine)
+    held, slots = held.flatten(), local.numel()
+    # Sorted, so that grouped_gemm's reference can tell what it should be.
+    order = local.flatten().argsort(stable=True)
+    offsets = torch.bincount(local.flatten(), minlength=case["experts"]).cumsum(0)
+    offsets = torch.cat([offsets.new_zeros(1), offsets]).int()
+    for name in ("expert_offset", "out_dtype", "out_padding"):
+        del arguments[name]
+    tokens = torch.arange(slots) // case["topk"]
+    b = b.nan_to_num()  # the experts of slots that aren't held
+    expected = torch.empty(slots, case["n"], dtype=torch.float64)
+    expected[order] = gemm_reference(x, b, offsets, source_rows=tokens[order].int(),
+                                     rows=slots, **arguments)  # fmt: skip
+    tolerance = EPSILON[out.dtype]
+    torch.testing.assert_close(out[held].double(), expected[held], rtol=tolerance, atol=tolerance)
 
 
 # ---- combine ----

@@ -15,7 +15,9 @@ SHAPE, COPIER, WARP, SUMS, WGMMA = (
     for x in ("gemm_shape", "copier", "warp_tile", "accumulators", "wgmma_tile")
 )
 SCAN, TILES = "csrc/cuda/block_scan.cuh", "csrc/cuda/row_tiles.cuh"
-SHAPES = "csrc/cuda/shapes.h"
+SHAPES, GEMV, BESIDE = (
+    "csrc/cuda/shapes.h", "csrc/cuda/grouped_gemv.cu", "csrc/cuda/grouped_gemm.cu",
+)  # fmt: skip
 ITEMS, EPILOGUE = "csrc/cuda/items.cuh", "csrc/cuda/epilogue.cuh"
 
 
@@ -47,12 +49,7 @@ PLANTED = {
     "offsets not clamped": (
         TILES, "offset > rows ? rows : offset", "offset", properties.test_toy_tiles),
     "offsets not monotonic": (
-        TILES, "Max()(reached, block_scan(offset, Max(), s.warp_totals, window_end))",
-        "(block_scan(offset, Max(), s.warp_totals, window_end), offset)",
-        properties.test_toy_tiles),
-    "window not waited for": (
-        TILES, "__syncthreads();\n    const int begin", "const int begin",
-        properties.test_toy_tiles),
+        BESIDE, "Max()(begin, clamped(e))", "clamped(e)", properties.test_toy_tiles),
     "a division that rounds up": (
         SHAPES, "+ value - 1) / value)", "+ 2 * value) / value)", properties.test_toy_divide),
     "last row of a tile forgotten": (
@@ -97,10 +94,10 @@ PLANTED = {
         COPIER, "const bool valid = k_ + ahead * Shape::kDepth < static_cast<int>(p_.k);",
         "const bool valid = true; (void)ahead;", whole_vectors),
     "rows past the last copied": (
-        COPIER, "a_passes_ = rows > 0 ? (rows + Shape::kPass - 1) / Shape::kPass : 0;",
-        "a_passes_ = Shape::kPassesA;", whole_vectors),
+        COPIER, "a_passes_ = passes(item.row_count);", "a_passes_ = Shape::kPassesA;",
+        whole_vectors),
     "columns past the last copied": (
-        COPIER, "(left - 1) / kPass) + 1", "(left - 1) / kPass) + 2", whole_vectors),
+        COPIER, "? passes(lines) : 0", "? passes(lines + Shape::kPass) : 0", whole_vectors),
     "last rows not written": (
         SUMS, "first + row < item.row_count", "first + row + 1 < item.row_count",
         whole_vectors),
@@ -144,10 +141,21 @@ PLANTED = {
         COMBINE, "local_expert(p.ids, slot) < p.ids.experts ?", "true ?",
         properties.test_combine_in_the_slots_order),
     "slots of others multiplied": (
-        ITEMS, "expert < p_.experts ? 1 : -1", "1", properties.test_one_token),
-    "a slot of others ends the rest": (
-        ITEMS, "expert < p_.experts ? 1 : -1", "expert < p_.experts ? 1 : 0",
-        properties.test_one_token),
+        GEMV, "if (slot[i].expert < 0) continue;", "", properties.test_grouped_gemv),
+    "vectors past the last": (
+        GEMV, "vector < all ? table", "true ? table", properties.test_grouped_gemv),
+    "table not waited for": (
+        GEMV, "__syncthreads();  // the table is there", "", properties.test_grouped_gemv),
+    "warps not waited for": (
+        GEMV, "__syncthreads();  // the warps' sums are there", "", properties.test_grouped_gemv),
+    "token of another slot": (
+        GEMV, "first_slot : out_row / p.topk", "first_slot : out_row % p.topk",
+        properties.test_grouped_gemv),
+    "bias not weighted": (
+        GEMV, "fmaf(weight, with_bias", "fmaf(1.0f, with_bias", properties.test_grouped_gemv),
+    "bias of gates added to ups, by itself": (
+        GEMV, "with_bias(up[0], p, expert, column, true)",
+        "with_bias(up[0], p, expert, column, false)", properties.test_grouped_gemv_activation),
     "slot rows not cleared": (
         COMBINE, "cudaMemsetAsync(p.slot_rows, 0xFF,", "cudaMemsetAsync(p.slot_rows, 0,",
         properties.test_combine),

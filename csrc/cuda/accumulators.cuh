@@ -144,9 +144,9 @@ class Accumulators {
       const float weight = __shfl_sync(0xffffffffu, target.weight, row);
       if (there && first + row < item.row_count && row < Shape::kStagedRows) {
         const float* const from = floats + row * Shape::kStagedPitch;
-        float values[kVector];
+        alignas(16) float values[kVector];
         if constexpr (kGated) {
-          float ups[kVector];
+          alignas(16) float ups[kVector];
           load_vector(from + vector * kVector, values);
           load_vector(from + kOddAt + vector * kVector, ups);
           if constexpr (kCommon) {
@@ -169,10 +169,8 @@ class Accumulators {
   }
 
   __device__ static void load_vector(const float* from, float (&values)[kVector]) {
-    const float4 low = reinterpret_cast<const float4*>(from)[0];
-    const float4 high = reinterpret_cast<const float4*>(from)[1];
-    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+    reinterpret_cast<float4*>(values)[0] = reinterpret_cast<const float4*>(from)[0];
+    reinterpret_cast<float4*>(values)[1] = reinterpret_cast<const float4*>(from)[1];
   }
 };
 

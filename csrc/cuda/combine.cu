@@ -77,12 +77,10 @@ __global__ void __launch_bounds__(kThreads)
     combine_kernel(const Combine p, int column_blocks, bool aligned_in, bool aligned_out) {
   if (!p.only_rows_are_new) ptx::wait_for_earlier_kernels();
   const int64_t token = blockIdx.x / column_blocks;
-  const int column_block = blockIdx.x % column_blocks;
-  const int64_t column = (static_cast<int64_t>(column_block) * blockDim.x + threadIdx.x) * kVector;
+  const int64_t column = (blockIdx.x % column_blocks * blockDim.x + threadIdx.x) * kVector;
   const int64_t left = p.hidden - column;
   const int count = left < kVector ? static_cast<int>(left) : kVector;
   const T* const rows = static_cast<const T*>(p.expert_out) + column;
-  const int64_t stride = p.expert_out_stride;
   float sums[kVector] = {};
   for (int window = 0; window < p.topk; window += 32) {
     const int k = window + static_cast<int>(threadIdx.x) % 32;
@@ -95,9 +93,9 @@ __global__ void __launch_bounds__(kThreads)
     const int slots = p.topk - window < 32 ? p.topk - window : 32;
     // Of all lanes, for they shuffle.
     if (__all_sync(0xffffffffu, aligned_in && count == kVector)) {
-      add_slots<true>(rows, stride, count, slots, row, weight, sums);
+      add_slots<true>(rows, p.expert_out_stride, count, slots, row, weight, sums);
     } else {
-      add_slots<false>(rows, stride, count, slots, row, weight, sums);
+      add_slots<false>(rows, p.expert_out_stride, count, slots, row, weight, sums);
     }
   }
   if (count > 0) {

@@ -54,13 +54,14 @@ class Copier {
   // Past the last item comes one of no rows.
   __device__ void begin_item() {
     const Item item = queue_[begun_];
-    queue_.begin(begun_);
-    ++begun_;
+    queue_.begin(begun_++);
     k_ = vector() * kVector;
     a_ = static_cast<const char*>(p_.a) + k_ * 2;
-    // Rows and columns only grow from pass to pass.
-    const int rows = item.row_count - line();
-    a_passes_ = rows > 0 ? (rows + Shape::kPass - 1) / Shape::kPass : 0;
+    // How many passes have one of so many lines for this thread.
+    const auto passes = [](int lines) {
+      return lines > line() ? (lines - line() - 1) / Shape::kPass + 1 : 0;
+    };
+    a_passes_ = passes(item.row_count);
 #pragma unroll
     for (int pass = 0; pass < Shape::kPassesA; ++pass) {
       const int row = item.row_begin + line() + pass * Shape::kPass;
@@ -72,14 +73,11 @@ class Copier {
           row_of_line<Shape>(p_, item, line()) * p_.b_row_stride + k_) *
              2;
     const bool gated = is_gated(p_.activation.kind);
-    const bool alternate = gated && p_.gate_layout == GateLayout::kInterleaved;
-    constexpr int kPass = Shape::kPass;
-    const int columns_of_pass = gated ? kPass / 2 : kPass;
-    b_pass_stride_ = columns_of_pass * (alternate ? 4 : 2) * static_cast<uint32_t>(p_.b_row_stride);
-    const int left = static_cast<int>(p_.n) - column_of_line<Shape>(p_, item, line());
-    b_passes_ = item.row_count > 0 && left > 0
-                    ? (gated ? (left - 1) / (kPass / 2) : (left - 1) / kPass) + 1
-                    : 0;
+    const bool apart = gated && p_.gate_layout != GateLayout::kInterleaved;
+    b_pass_stride_ =
+        (apart ? Shape::kPass : 2 * Shape::kPass) * static_cast<uint32_t>(p_.b_row_stride);
+    const int lines = static_cast<int>(gated ? 2 * p_.n : p_.n) - item.column_tile * Shape::kCols;
+    b_passes_ = item.row_count > 0 ? passes(lines) : 0;
   }
 
   const GroupedGemm& p_;

@@ -23,12 +23,6 @@ __device__ __forceinline__ float load_float(const Floats& floats, int64_t index)
 
 constexpr int kVector = 8;  // values a thread handles at once
 
-// Whether rows of this dtype, so many elements apart, can be read and written 16 bytes at a time.
-inline bool rows_are_aligned(const void* data, int64_t stride, DType dtype) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-         stride * static_cast<int64_t>(element_size(dtype)) % 16 == 0;
-}
-
 // row[i] = values[i] for i < count.
 template <typename T>
 __device__ __forceinline__ void store_vector(T* row, int count, bool aligned,

@@ -1,4 +1,6 @@
-// grouped_gemm: which kernel, and the rows that belong to no expert.
+// What a grouped_gemm may need beside its product: the row tiles, the rows that belong to no
+// expert, the end of a product that another library made.
+#include "block_scan.cuh"
 #include "epilogue.cuh"
 #include "launch.h"
 #include "primitives.h"
@@ -7,25 +9,30 @@
 
 namespace simple_moe::cuda {
 
-// Each for each dtype in a file of its own: they take the compiler's time.
-template <typename T>
-void launch_sm80(const GroupedGemm& p, cudaStream_t stream);
-template <typename T>
-void launch_sm90(const GroupedGemm& p, cudaStream_t stream);
-template <typename T>
-void launch_any(const GroupedGemm& p, cudaStream_t stream);
-
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRowTilesThreads = 1024;
 
-__global__ void __launch_bounds__(kRowTilesThreads) row_tiles_kernel(const GroupedGemm p) {
-  ptx::wait_for_earlier_kernels();
-  ptx::let_next_kernel_start();
-  using Storage = RowTilesStorage<kRowTilesThreads>;
-  lay_row_tiles<kRowTilesThreads>(p.expert_offsets, p.experts, p.rows, p.row_tiles,
-                                  *reinterpret_cast<Storage*>(ptx::dynamic_smem()));
+// A thread takes an expert, and counts the tiles of those before it; the one past the last says how
+// many there are. Malformed offsets are made monotonic by a running maximum, so that no row belongs
+// to two experts.
+__global__ void __launch_bounds__(kThreads) row_tiles_kernel(const GroupedGemm p, Divisor height) {
+  ptx::follow_earlier_kernels();
+  const int64_t expert = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (expert > p.experts) return;
+  const auto clamped = [&](int64_t e) { return clamped_offset(p.expert_offsets, e, p.rows); };
+  int begin = clamped(0), tiles = 0;
+  for (int64_t e = 1; e <= expert; ++e) {
+    const int end = Max()(begin, clamped(e));
+    tiles += height.divide(end - begin + height.value - 1);
+    begin = end;
+  }
+  if (expert == p.experts) {
+    *p.row_tiles.head = {tiles, {}};
+  } else {
+    const int rows = Max()(begin, clamped(expert + 1)) - begin;
+    write_row_tiles(p.row_tiles, static_cast<int>(expert), begin, rows, p.row_tiles.data() + tiles);
+  }
 }
 
 // A warp takes a row.
@@ -60,54 +67,16 @@ __global__ void __launch_bounds__(kThreads)
               });
 }
 
-void zero_other_rows(const GroupedGemm& p, cudaStream_t stream) {
-  if (p.zero_other_rows) {
-    launch(zero_other_rows_kernel, ceil_div(p.rows, kThreads / 32), kThreads, 0, stream, p);
-  }
-}
-
-// What grouped_gemm.cuh takes.
-bool is_whole_vectors(const GroupedGemm& p) {
-  // That kernel's strides are 32 bits wide.
-  const bool narrow = p.k < 1 << 30 && p.a_stride < 1 << 30 && p.b_row_stride < 1 << 24;
-  return narrow && p.dtype != DType::kFloat32 && p.b_col_stride == 1 && p.out_dtype == p.dtype &&
-         p.k >= kVector && p.k % kVector == 0 && p.n % kVector == 0 &&
-         rows_are_aligned(p.a, p.a_stride, p.dtype) &&
-         rows_are_aligned(p.b, p.b_row_stride, p.dtype) &&
-         rows_are_aligned(p.b, p.b_expert_stride, p.dtype) &&
-         rows_are_aligned(p.out, p.out_stride, p.out_dtype);
-}
-
 }  // namespace
 
 void row_tiles(const GroupedGemm& p, cudaStream_t stream) {
-  launch<Start::kEarly>(row_tiles_kernel, 1, kRowTilesThreads,
-                        sizeof(RowTilesStorage<kRowTilesThreads>), stream, p);
+  launch<Start::kEarly>(row_tiles_kernel, ceil_div(p.experts + 1, kThreads), kThreads, 0, stream, p,
+                        Divisor(p.row_tiles.height));
 }
 
-void grouped_gemm(const GroupedGemm& p, cudaStream_t stream) {
-  if (p.rows == 0 || p.n == 0) return;
-  zero_other_rows(p, stream);
-  if (!is_whole_vectors(p)) {
-    with_type(p.dtype, [&](auto type) { launch_any<decltype(type)>(p, stream); });
-  } else {
-    p.dtype == DType::kFloat16 ? launch_sm80<f16>(p, stream) : launch_sm80<bf16>(p, stream);
-  }
+void zero_other_rows(const GroupedGemm& p, cudaStream_t stream) {
+  launch(zero_other_rows_kernel, ceil_div(p.rows, kThreads / 32), kThreads, 0, stream, p);
 }
-
-#ifdef SIMPLE_MOE_SM90
-bool has_sm90() {
-  const DeviceInfo& device = device_info();
-  return device.major == 9 && device.minor == 0 && device.smem_per_block >= 227 << 10;
-}
-
-void grouped_gemm_sm90(const GroupedGemm& p, cudaStream_t stream) {
-  // Few rows wait for memory, and the sm80 backend's tiles suit them better.
-  if (p.row_tiles.height < 128 || !is_whole_vectors(p) || p.n == 0) return grouped_gemm(p, stream);
-  zero_other_rows(p, stream);
-  p.dtype == DType::kFloat16 ? launch_sm90<f16>(p, stream) : launch_sm90<bf16>(p, stream);
-}
-#endif
 
 void grouped_gemm_epilogue(const GroupedGemm& p, const float* product, int64_t first_row,
                            int64_t rows, int64_t expert, cudaStream_t stream) {

@@ -41,10 +41,7 @@ __device__ __forceinline__ void multiply_items(const GroupedGemm& p, const Divis
   // Weights that are copied first: as many as there is time for until `a` has been written, or its
   // rows are found; more would only stand before them in memory's queue. None where the prologue
   // copies more than the first item.
-  const int steps_first = steps < Shape::kStages ? 0
-                          : p.only_a_is_new      ? Shape::kAhead
-                          : p.source_rows        ? 2
-                                                 : 0;
+  const int steps_first = steps < Shape::kStages ? 0 : p.only_a_is_new ? Shape::kAhead : 2;
 #pragma unroll 1
   for (int step = 0; step < steps_first; ++step) {
     copier.template copy<Shape::kPassesA, copier.kPasses>(ring + step * Shape::kSlotBytes, step);

@@ -77,8 +77,7 @@ __device__ __forceinline__ auto columns_of_b(const GroupedGemm& p, const Item& i
 template <typename Shape, bool kLineMajorB>
 __global__ void __launch_bounds__(kMmaThreads, 2)
     grouped_gemm_any_kernel(const GroupedGemm p, const Divisor column_tiles, Alignment aligned) {
-  ptx::wait_for_earlier_kernels();
-  ptx::let_next_kernel_start();
+  ptx::follow_earlier_kernels();
   unsigned char* const smem = ptx::dynamic_smem();
   const Items items(p, column_tiles);
   int done = 0;  // rows of the item, which may be higher than the tile: it is taken in pieces

@@ -1,5 +1,4 @@
 #include "grouped_gemm_any.cuh"
 
-namespace simple_moe::cuda {
-template void launch_any<bf16>(const GroupedGemm& p, cudaStream_t stream);
-}
+template void simple_moe::cuda::launch_any<simple_moe::bf16>(const simple_moe::GroupedGemm& p,
+                                                             cudaStream_t stream);

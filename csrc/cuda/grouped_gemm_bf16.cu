@@ -1,5 +1,4 @@
 #include "grouped_gemm_sm80.cuh"
 
-namespace simple_moe::cuda {
-template void launch_sm80<bf16>(const GroupedGemm& p, cudaStream_t stream);
-}
+template void simple_moe::cuda::launch_sm80<simple_moe::bf16>(const simple_moe::GroupedGemm& p,
+                                                              cudaStream_t stream);

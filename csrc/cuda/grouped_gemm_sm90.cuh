@@ -9,15 +9,12 @@
 
 namespace simple_moe::cuda {
 
-template <typename T, GemmTile kTile>
-void launch_wgmma(const GroupedGemm& p, cudaStream_t stream) {
-  launch_product<WgmmaTile<T, GemmShape<kTile>>>(p, stream);
-}
-
 template <typename T>
 void launch_sm90(const GroupedGemm& p, cudaStream_t stream) {
-  p.row_tiles.height > 128 ? launch_wgmma<T, GemmTile{192, 192, 64, 4, 12, 1, 1, true}>(p, stream)
-                           : launch_wgmma<T, GemmTile{128, 256, 64, 4, 8, 1, 1, true}>(p, stream);
+  using High = GemmShape<GemmTile{192, 192, 64, 4, 12, 1, 1, true}>;
+  using Wide = GemmShape<GemmTile{128, 256, 64, 4, 8, 1, 1, true}>;
+  p.row_tiles.height > 128 ? launch_product<WgmmaTile<T, High>>(p, stream)
+                           : launch_product<WgmmaTile<T, Wide>>(p, stream);
 }
 
 }  // namespace simple_moe::cuda

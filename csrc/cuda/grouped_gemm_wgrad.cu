@@ -9,6 +9,7 @@
 #include "launch.h"
 #include "mma_tile.cuh"
 #include "primitives.h"
+#include "row_tiles.cuh"
 #include "shapes.h"
 
 namespace simple_moe::cuda {
@@ -27,14 +28,11 @@ __device__ __forceinline__ ExpertRows rows_of(const GroupedGemmWgrad& p, int64_t
                                               int* warp_totals) {
   int upto = 0;  // the running maximum before the expert
   for (int64_t e = threadIdx.x; e <= expert; e += kMmaThreads) {
-    const int64_t offset = p.expert_offsets[e];
-    const int64_t clamped = offset < 0 ? 0 : (offset > p.rows ? p.rows : offset);
-    upto = Max()(upto, static_cast<int>(clamped));
+    upto = Max()(upto, clamped_offset(p.expert_offsets, e, p.rows));
   }
   int begin;
   block_scan(upto, Max(), warp_totals, begin);
-  const int64_t end = p.expert_offsets[expert + 1];
-  const int count = static_cast<int>(end > p.rows ? p.rows : end) - begin;
+  const int count = clamped_offset(p.expert_offsets, expert + 1, p.rows) - begin;
   return {begin, count < 0 ? 0 : count};
 }
 

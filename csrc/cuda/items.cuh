@@ -8,8 +8,7 @@
 
 namespace simple_moe::cuda {
 
-// One output tile. The one past the last has no rows; that of a slot whose expert isn't held here
-// has -1, and is passed over.
+// One output tile. The one past the last has no rows.
 struct alignas(16) Item {
   int expert, row_begin, row_count, column_tile;
 };
@@ -21,32 +20,19 @@ class Items {
   // Where only `a` is new this comes before the kernel waits: the row tiles' writer was waited for
   // by the kernel before, which nothing here has read them ahead of.
   __device__ Items(const GroupedGemm& p, const Divisor& column_tiles)
-      : p_(p),
-        column_tiles_(column_tiles),
-        count_((p.row_tiles.head ? p.row_tiles.head->count : static_cast<unsigned>(p.rows)) *
-               column_tiles.value) {}
+      : p_(p), column_tiles_(column_tiles), count_(p.row_tiles.head->count * column_tiles.value) {}
 
-  // What there is in memory of an item, as it lies there: its RowTile, or its slot's id. Nothing is
-  // made of it before find(), so that nobody waits for it until then.
+  __device__ bool has(unsigned number) const { return number < count_; }
+
+  // What there is in memory of an item, as it lies there: its RowTile. Nothing is made of it before
+  // find(), so that nobody waits for it until then.
   __device__ uint4 look(unsigned number) const {
-    if (number >= count_) return {};
-    const unsigned tile = column_tiles_.divide(number);
-    if (p_.row_tiles.head) return reinterpret_cast<const uint4*>(p_.row_tiles.data())[tile];
-    const TopkIds& ids = p_.row_tiles.ids;
-    const uint32_t* const id = static_cast<const uint32_t*>(ids.data) + (tile << ids.are_int64);
-    return {id[0], ids.are_int64 ? id[1] : 0, tile, 0};
+    if (!has(number)) return {};
+    return reinterpret_cast<const uint4*>(p_.row_tiles.data())[column_tiles_.divide(number)];
   }
   __device__ Item find(unsigned number, const uint4& looked) const {
-    if (number >= count_) return {};
-    const unsigned tile = column_tiles_.divide(number);
-    const int column_tile = static_cast<int>(number - tile * column_tiles_.value);
-    if (!p_.row_tiles.head) {
-      const TopkIds& ids = p_.row_tiles.ids;
-      const auto whole = static_cast<int64_t>(uint64_t{looked.y} << 32 | looked.x);
-      const int64_t id = ids.are_int64 ? whole : static_cast<int32_t>(looked.x);
-      const auto expert = static_cast<int>(local_expert_of(ids, id));
-      return {expert, static_cast<int>(tile), expert < p_.experts ? 1 : -1, column_tile};
-    }
+    if (!has(number)) return {};
+    const unsigned column_tile = number - column_tiles_.divide(number) * column_tiles_.value;
     const unsigned tiles = looked.w >> 16, place_of_tile = looked.w & 0xFFFF;
     const unsigned in_group = place_of_tile * column_tiles_.value + column_tile;
     // Most groups are of one tile where tokens are few: nothing waits for a division then.
@@ -67,8 +53,7 @@ class Items {
 // by thread 0. The first few fall to every block alike; after that a block claims the next item
 // whenever it begins one. So the items in the making stay neighbours, and share what they read from
 // L2, however long the blocks have run; and all end together. (With fixed shares slower blocks fell
-// behind by whole tiles, and weights were read from memory three times over.) Of one token all fall
-// to the blocks alike: there is nothing to share.
+// behind by whole tiles, and weights were read from memory three times over.)
 //
 // An item takes two trips to memory: it is claimed, and looked up. Each is made while an earlier
 // item is copied, and what comes back isn't touched before the next begins: a use is a wait.
@@ -96,9 +81,9 @@ class ItemQueue {
     if (threadIdx.x != 0) return;
     queue_[(number + 1) % kSlots] = items_.find(next_, looked_);
     next_ = claimed_ + kGiven * gridDim.x;
-    // In this order: the other way round the compiler moves what was looked up to other registers.
-    RowTilesHead* const head = p_.row_tiles.head;
-    claimed_ = head ? atomicAdd(&head->claimed[p_.claimant], 1u) : claimed_ + gridDim.x;
+    // In this order: the other way round the compiler moves what was looked up to other registers,
+    // as it does if nothing is asked before a claim. Past the last item there is nothing to claim.
+    if (items_.has(next_)) claimed_ = atomicAdd(&p_.row_tiles.head->claimed[p_.claimant], 1u);
     looked_ = items_.look(next_);
   }
 

@@ -18,9 +18,13 @@ RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns);
 
 void topk_route(const TopkRoute& p, cudaStream_t stream);
 void sort_by_expert(const SortByExpert& p, cudaStream_t stream);
-void row_tiles(const GroupedGemm& p, cudaStream_t stream);  // p.row_tiles of p.expert_offsets
+void row_tiles(const GroupedGemm& p, cudaStream_t stream);        // p.row_tiles of p.expert_offsets
+void zero_other_rows(const GroupedGemm& p, cudaStream_t stream);  // that belong to no expert
 void grouped_gemm(const GroupedGemm& p, cudaStream_t stream);
-// The same by wgmma, in builds with code for sm_90a and where has_sm90().
+// Few tokens' slots by themselves: a product that takes no sort, where suited.
+bool grouped_gemv_suits(const GroupedGemm& p);
+void grouped_gemv(const GroupedGemm& p, cudaStream_t stream);
+// grouped_gemm by wgmma, in builds with code for sm_90a and where has_sm90().
 bool has_sm90();
 void grouped_gemm_sm90(const GroupedGemm& p, cudaStream_t stream);
 void grouped_gemm_wgrad(const GroupedGemmWgrad& p, cudaStream_t stream);

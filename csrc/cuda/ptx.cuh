@@ -103,6 +103,16 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// 16 bytes that are read once, and on along their row, by threads that read nothing else meanwhile.
+template <typename Vector>
+__device__ __forceinline__ Vector load_once(const void* global) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(global));
+  return reinterpret_cast<const Vector&>(x);
+}
+
 // ---- tensor cores ----
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
@@ -125,16 +135,15 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t sme
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1) {
+#define SIMPLE_MOE_MMA(type)                                                 \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
   if constexpr (std::is_same_v<T, bf16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    SIMPLE_MOE_MMA("bf16");
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    SIMPLE_MOE_MMA("f16");
   }
 }
 
@@ -182,18 +191,14 @@ __device__ __forceinline__ uint64_t advance(uint64_t operand, int bytes) {
   SIMPLE_MOE_SUMS_4(j), SIMPLE_MOE_SUMS_4(j + 1), SIMPLE_MOE_SUMS_4(j + 2), SIMPLE_MOE_SUMS_4(j + 3)
 #define SIMPLE_MOE_SUMS_32(j) SIMPLE_MOE_SUMS_16(j), SIMPLE_MOE_SUMS_16(j + 4)
 #define SIMPLE_MOE_SUMS_64(j) SIMPLE_MOE_SUMS_32(j), SIMPLE_MOE_SUMS_32(j + 8)
-#define SIMPLE_MOE_NAMES_96                                                          \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"             \
-  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define SIMPLE_MOE_NAMES_128                                                                     \
-  SIMPLE_MOE_NAMES_96                                                                            \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
-  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
-  "%127"
+#define SIMPLE_MOE_TEN(n) \
+  "%" n "0, %" n "1, %" n "2, %" n "3, %" n "4, %" n "5, %" n "6, %" n "7, %" n "8, %" n "9, "
+#define SIMPLE_MOE_THIRTY(l, m, n) SIMPLE_MOE_TEN(l) SIMPLE_MOE_TEN(m) SIMPLE_MOE_TEN(n)
+#define SIMPLE_MOE_NAMES_60 SIMPLE_MOE_THIRTY("", "1", "2") SIMPLE_MOE_THIRTY("3", "4", "5")
+#define SIMPLE_MOE_NAMES_90 SIMPLE_MOE_NAMES_60 SIMPLE_MOE_THIRTY("6", "7", "8")
+#define SIMPLE_MOE_NAMES_96 SIMPLE_MOE_NAMES_90 "%90, %91, %92, %93, %94, %95"
+#define SIMPLE_MOE_NAMES_120 SIMPLE_MOE_NAMES_90 SIMPLE_MOE_THIRTY("9", "10", "11")
+#define SIMPLE_MOE_NAMES_128 SIMPLE_MOE_NAMES_120 "%120, %121, %122, %123, %124, %125, %126, %127"
 #define SIMPLE_MOE_WGMMA_OF(type, columns, sums, a_name, b_name, ...)                          \
   asm volatile("{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned.m64n" columns \
                "k16.f32." type "." type " {" sums "}, " a_name ", " b_name ", p, 1, 1, 0, 0;}" \
@@ -235,6 +240,11 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+__device__ __forceinline__ void follow_earlier_kernels() {
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
 }
 
 }  // namespace ptx

@@ -152,6 +152,29 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
   return items >= device.sm_count;
 }
 
+// What a block of grouped_gemv takes: output columns, and threads for them.
+struct GemvTile {
+  int cols, threads;
+};
+inline constexpr int kMostGemvThreads = 256;
+
+// Whether few tokens' slots go by themselves. It saves the sort, the combine and some of the
+// products' starts and ends, a few microseconds; but a weight that two tokens' slots want is read
+// for both. So one token always, whose experts differ; more where few experts coincide and not much
+// is read in all.
+inline bool slots_go_by_themselves(const ProductSize& size, int64_t tokens) {
+  const int64_t read = size.rows * size.n * size.k * (size.gated ? 4 : 2);  // bytes
+  return tokens == 1 || (4 * size.rows <= size.experts && read <= int64_t{600} << 20);
+}
+
+// The most columns that leave each multiprocessor two blocks, and threads for two rounds of loads.
+inline GemvTile choose_gemv_tile(int64_t out_rows, int64_t n, int64_t vectors_of_output, bool gated,
+                                 const DeviceInfo& device) {
+  const int64_t threads = 32 * ceil_div(vectors_of_output, 64);
+  return {!gated && out_rows * n > 16 * device.sm_count ? 8 : 4,
+          threads < kMostGemvThreads ? static_cast<int>(threads) : kMostGemvThreads};
+}
+
 // The place in kShapes. Every GPU from SM80 on has the 99 KB that some shape of each height needs.
 inline int choose_shape(const RowTiles& tiles, const ProductSize& size, const DeviceInfo& device) {
   int fallback = -1;

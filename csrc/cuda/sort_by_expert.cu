@@ -11,7 +11,6 @@
 // that the latency of memory is paid once. Its blocks all count and sum the same, and each scatters
 // some of the chunks: those stores, a sector each, are what takes a multiprocessor's time. Many: a
 // kernel before it counts, in global memory, and the blocks sum what it found.
-#include <algorithm>
 
 #include "block_scan.cuh"
 #include "device.h"
@@ -19,50 +18,10 @@
 #include "launch.h"
 #include "primitives.h"
 #include "row_tiles.cuh"
-#include "shapes.h"
+#include "sort_plan.h"
 
 namespace simple_moe::cuda {
 namespace {
-
-constexpr int kMaxWarps = 32;
-constexpr int kSlotsOfLane = 8;  // in registers
-constexpr int64_t kBatch = 32 * kSlotsOfLane;
-constexpr int64_t kSlotsOfBlock = 512;  // that a block scatters, of few
-constexpr int kChunksOfBlock = 2;       // of many
-constexpr int64_t kMaxChunks = 256;
-constexpr unsigned kAll = 0xffffffffu;
-
-struct Plan {
-  bool few;
-  int chunks, chunks_of_block, blocks;
-  int64_t length;  // slots of each chunk but the last, a multiple of 32
-  // Where a chunk's slots of each expert go: in shared memory, if they fit there.
-  bool places_in_smem;
-  size_t smem;
-};
-
-Plan cut(int64_t slots, int64_t experts, bool few) {
-  // Besides its slots a chunk costs a count of each expert's.
-  const int64_t least = few ? 32 : std::max(kBatch, experts / 8);
-  const int64_t most = few ? kMaxWarps : kMaxChunks;
-  const int chunks = std::clamp<int64_t>(ceil_div(slots, least), 1, most);
-  const int of_block = few ? ceil_div(chunks, std::max<int64_t>(ceil_div(slots, kSlotsOfBlock), 1))
-                           : std::min(chunks, kChunksOfBlock);
-  const int blocks = ceil_div(chunks, of_block);
-  // No fewer for more slots, or a last, shorter piece of an input would need counts that others
-  // don't.
-  const int64_t rows = few ? chunks + std::min<int64_t>(chunks, kSlotsOfBlock / 32) : of_block;
-  const size_t totals = kMaxWarps * sizeof(int64_t);
-  const size_t smem = totals + sizeof(int32_t) * static_cast<size_t>(rows * (experts + 1));
-  const bool fit = smem <= device_info().smem_per_block;
-  const int64_t length = ceil_div(ceil_div(slots, chunks), 32) * 32;
-  return {few, chunks, of_block, blocks, length, fit, fit ? smem : totals};
-}
-
-Plan plan_sort(int64_t slots, int64_t experts) {
-  const Plan plan = cut(slots, experts, slots <= kMaxWarps * kBatch);
-  return plan.few && !plan.places_in_smem ? cut(slots, experts, false) : plan;
-}
 
 // A warp's next kBatch slots in registers: their loads are in flight at once.
 struct Slots {
@@ -89,7 +48,7 @@ struct Slots {
     for (int i = 0; i < kSlotsOfLane; ++i) {
       if (first + 32 * i >= end) break;
       const auto slot = static_cast<int32_t>(first + 32 * i + threadIdx.x % 32);
-      const unsigned peers = __match_any_sync(kAll, bin[i]);
+      const unsigned peers = __match_any_sync(0xffffffffu, bin[i]);
       const int rank = __popc(peers & ((1u << threadIdx.x % 32) - 1));
       if (bin[i] >= 0) {
         const int place = places[bin[i]] + rank;
@@ -115,17 +74,15 @@ __device__ __forceinline__ void clear(int32_t* counts, int64_t bins) {
   __syncwarp();
 }
 
-__device__ __forceinline__ int64_t end_of_chunk(const SortByExpert& p, const Plan& plan,
-                                                int chunk) {
+__device__ int64_t end_of_chunk(const SortByExpert& p, const SortPlan& plan, int chunk) {
   const int64_t end = (chunk + 1) * plan.length;
   return chunk >= plan.chunks ? 0 : end < p.slots ? end : p.slots;
 }
 
 // Fills p.counts [chunks][bins], by way of as many places in shared memory as sort_kernel has.
-__global__ void __launch_bounds__(32 * kChunksOfBlock)
-    count_kernel(const SortByExpert p, const Plan plan) {
-  ptx::wait_for_earlier_kernels();
-  ptx::let_next_kernel_start();
+__global__ void __launch_bounds__(32 * kChunksOfBlock, 16)
+    count_kernel(const SortByExpert p, const SortPlan plan) {
+  ptx::follow_earlier_kernels();
   const int chunk = blockIdx.x * plan.chunks_of_block + threadIdx.x / 32;
   if (chunk >= plan.chunks) return;
   const int64_t bins = p.ids.experts + 1, end = end_of_chunk(p, plan, chunk);
@@ -146,9 +103,8 @@ __global__ void __launch_bounds__(32 * kChunksOfBlock)
 // slots, counts [chunks][bins].
 template <bool kFew>
 __global__ void __launch_bounds__(32 * kMaxWarps)
-    sort_kernel(const SortByExpert p, const Plan plan) {
-  ptx::wait_for_earlier_kernels();
-  ptx::let_next_kernel_start();
+    sort_kernel(const SortByExpert p, const SortPlan plan) {
+  ptx::follow_earlier_kernels();
   const int64_t bins = p.ids.experts + 1;
   const int first_chunk = blockIdx.x * plan.chunks_of_block;
   const int chunk = (kFew ? 0 : first_chunk) + threadIdx.x / 32;
@@ -221,14 +177,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
 }  // namespace
 
 int64_t sort_by_expert_counts(int64_t slots, int64_t experts) {
-  const Plan plan = plan_sort(slots, experts);
+  const SortPlan plan = plan_sort(slots, experts);
   if (plan.few) return 0;
   const int64_t rows = plan.places_in_smem ? 0 : plan.blocks * plan.chunks_of_block;
   return (plan.chunks + rows) * (experts + 1);
 }
 
 void sort_by_expert(const SortByExpert& p, cudaStream_t stream) {
-  const Plan plan = plan_sort(p.slots, p.ids.experts);
+  const SortPlan plan = plan_sort(p.slots, p.ids.experts);
   // A warp a chunk, and a thread a bin as far as there are threads.
   const int64_t warps = std::clamp<int64_t>(
       ceil_div(p.ids.experts + 1, 32), plan.few ? plan.chunks : plan.chunks_of_block, kMaxWarps);

@@ -4,6 +4,8 @@
 // softmax, then turn every choice (score + bias) into a key, an integer in the order of the floats,
 // in shared memory (global where a row of keys doesn't fit). K times the warp looks for the largest
 // (key, lower id first) below the last one. Every sum has a fixed order.
+#include <algorithm>
+
 #include "activation.h"
 #include "block_scan.cuh"
 #include "device.h"
@@ -35,10 +37,6 @@ __device__ __forceinline__ float value_of(uint32_t key) {
 // No two are equal, so the order of the best is one.
 __device__ __forceinline__ uint64_t rank_of(uint32_t key, int64_t id) {
   return static_cast<uint64_t>(key) << 32 | ~static_cast<uint32_t>(id);
-}
-
-__device__ __forceinline__ int32_t id_of(uint64_t rank) {
-  return static_cast<int32_t>(~static_cast<uint32_t>(rank));
 }
 
 // Of a value of each lane, in every lane.
@@ -152,7 +150,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) topk_route_kernel(const TopkRo
   float sum = 0;
   for (int k = 0; k < p.topk; ++k) {
     rank = largest_below(rank, keys, p.experts);
-    const int32_t id = id_of(rank);
+    const auto id = static_cast<int32_t>(~static_cast<uint32_t>(rank));
     const float weight = rank >> 32 == kNanKey ? 0.0f : scores(id);
     sum += weight;
     if (lane == k % 32) {
@@ -182,7 +180,7 @@ void topk_route(const TopkRoute& p, cudaStream_t stream) {
   if (!p.keys) {
     // Several blocks are to fit on one SM.
     const int64_t fit = static_cast<int64_t>(device_info().smem_per_block / 4 / smem_of_warp(p));
-    warps = fit < 1 ? 1 : (fit < kMaxWarps ? fit : kMaxWarps);
+    warps = std::clamp<int64_t>(fit, 1, kMaxWarps);
   }
   const size_t smem = p.keys ? 0 : smem_of_warp(p) * static_cast<size_t>(warps);
   with_type(p.dtype, [&](auto type) {

@@ -104,6 +104,7 @@ def build(mutations: dict[str, tuple[str, str]] | None = None) -> Path:
                 (tree / name).parent.mkdir(parents=True, exist_ok=True)
                 (tree / name).write_text(text)
         sources = [tree / "tests/emulator" / f for f in ("driver.cpp", "fibers.cpp", "toys.cu")]
+        sources.append(tree / "csrc/cuda/grouped_gemm.cpp")
         # device.cu has a kernel that a real GPU is asked about: the driver has its own device.
         sources += sorted(set((tree / "csrc/cuda").glob("*.cu")) - {tree / "csrc/cuda/device.cu"})
         # What a bug changed is compiled for one short test: that takes longer than the test.
@@ -236,11 +237,11 @@ class Emulator:
     def grouped_gemm(self, a, b, expert_offsets, *, rows=None, bias=None, source_rows=None,
                      out_rows=None, activation="identity", gate_layout="gate_up",
                      alpha=None, beta=None, limit=None, row_weights=None, out_dtype=None,
-                     out_padding=0, zero_other_rows=True, columns=None,
-                     topk_ids=None, expert_offset=0, sm90=False, **machine):  # fmt: skip
+                     out_padding=0, zero_other_rows=True, columns=None, topk_ids=None, topk=1,
+                     expert_offset=0, adds_slots=False, sm90=False, **machine):  # fmt: skip
         """alpha, beta, limit: tensors, one value per expert. `out_padding`: elements between rows.
-        `columns`: of the layer, for which the row tiles are planned. `topk_ids`: of one token, in
-        the place of expert_offsets."""
+        `columns`: of the layer, for which the row tiles are planned. `topk_ids`: in the place of
+        expert_offsets, for grouped_gemv."""
         experts, n, k = b.shape
         entry = reference.ACTIVATIONS[activation]
         n //= 2 if entry.gated else 1
@@ -254,10 +255,17 @@ class Emulator:
                        activation=ACTIVATIONS.index(activation),
                        gate_layout=GATE_LAYOUTS.index(gate_layout), out_stride=n + out_padding,
                        zero_other_rows=zero_other_rows, columns=columns or n, sm90=sm90,
-                       **_id_scalars(topk_ids, expert_offset),
+                       topk=topk, adds_slots=adds_slots, **_id_scalars(topk_ids, expert_offset),
                        **dict(alpha=0, beta=0, limit=0) | entry.defaults)  # fmt: skip
-        out = torch.empty_strided((rows, n), (n + out_padding, 1), dtype=out_dtype or a.dtype)
-        return self.run("grouped_gemm", scalars, inputs, dict(out=out), **machine)
+        out_rows = rows // topk if adds_slots else rows
+        out = torch.empty_strided((out_rows, n), (n + out_padding, 1), dtype=out_dtype or a.dtype)
+        operator = "grouped_gemm" if topk_ids is None else "grouped_gemv"
+        return self.run(operator, scalars, inputs, dict(out=out), **machine)
+
+    def grouped_gemv(self, a, b, topk_ids, **arguments):
+        tokens, topk = topk_ids.shape
+        return self.grouped_gemm(a, b, None, rows=tokens * topk, topk_ids=topk_ids, topk=topk,
+                                 **arguments)  # fmt: skip
 
     def grouped_gemm_wgrad(self, a, b, expert_offsets, *, out_dtype=None, **machine):
         (rows, m), n, experts = a.shape, b.shape[1], expert_offsets.numel() - 1

@@ -129,7 +129,7 @@ void sort_by_expert_counts(Request& r) {
   }
 }
 
-void grouped_gemm(Request& r) {
+GroupedGemm product(Request& r) {
   GroupedGemm p{};
   p.dtype = r.dtype("a");
   p.out_dtype = r.dtype("out");
@@ -159,15 +159,25 @@ void grouped_gemm(Request& r) {
   p.out = r.data("out");
   p.out_stride = r.scalar("out_stride");
   p.zero_other_rows = r.scalar("zero_other_rows");
-  if (p.rows > 0)
+  return p;
+}
+
+void grouped_gemm(Request& r) {
+  GroupedGemm p = product(r);
+  if (p.rows > 0) {
     p.row_tiles = cuda::plan_row_tiles(p.rows, p.experts, r.scalar("columns"), device);
-  if (r.data("topk_ids")) {
-    p.row_tiles.ids = topk_ids(r);
-  } else {
     p.row_tiles.head = reinterpret_cast<RowTilesHead*>(r.scratch<int32_t>(p.row_tiles.bytes() / 4));
-    if (p.rows > 0) cuda::row_tiles(p, nullptr);
+    cuda::row_tiles(p, nullptr);
   }
   r.scalar("sm90") ? cuda::grouped_gemm_sm90(p, nullptr) : cuda::grouped_gemm(p, nullptr);
+}
+
+void grouped_gemv(Request& r) {
+  GroupedGemm p = product(r);
+  p.ids = topk_ids(r);
+  p.topk = r.scalar("topk");
+  p.adds_slots = r.scalar("adds_slots");
+  cuda::grouped_gemv(p, nullptr);
 }
 
 void grouped_gemm_wgrad(Request& r) {
@@ -231,6 +241,7 @@ const std::map<std::string, void (*)(Request&)> kOperators = {
     {"sort_by_expert", sort_by_expert},
     {"sort_by_expert_counts", sort_by_expert_counts},
     {"grouped_gemm", grouped_gemm},
+    {"grouped_gemv", grouped_gemv},
     {"grouped_gemm_wgrad", grouped_gemm_wgrad},
     {"combine", combine},
     {"toy_gemm", toy_gemm},

@@ -295,6 +295,11 @@ inline void cp_async_16(uint32_t address, const void* global, bool valid, EMULAT
   emulator::current->open_group.push_back({smem, valid ? global : nullptr});
 }
 
+template <typename Vector>
+Vector load_once(const void* global) {
+  return *static_cast<const Vector*>(global);  // The sanitizers see where it is, and how aligned.
+}
+
 inline void cp_async_commit() {
   emulator::maybe_switch(true);
   emulator::Thread& thread = *emulator::current;
@@ -406,6 +411,7 @@ void wgmma(float (&d)[kJ][4], uint64_t a, uint64_t b, EMULATOR_WHERE) {
 // A kernel runs when those before it are done.
 inline void wait_for_earlier_kernels() {}
 inline void let_next_kernel_start() {}
+inline void follow_earlier_kernels() {}
 
 }  // namespace ptx
 

@@ -3,8 +3,8 @@
 #include "cuda/block_scan.cuh"
 #include "cuda/items.cuh"
 #include "cuda/launch.h"
+#include "cuda/primitives.h"
 #include "cuda/ptx.cuh"
-#include "cuda/row_tiles.cuh"
 
 namespace simple_moe::toys {
 namespace {
@@ -72,12 +72,6 @@ __global__ void scan_kernel(const int* x, int* out, int n) {
 }
 
 constexpr int kTileRows = 16;
-using Tiles = RowTilesStorage<64>;  // so few threads that experts come in many windows
-
-__global__ void lay_kernel(const GroupedGemm p) {
-  lay_row_tiles<64>(p.expert_offsets, p.experts, p.rows, p.row_tiles,
-                    *reinterpret_cast<Tiles*>(ptx::dynamic_smem()));
-}
 
 __global__ void tiles_kernel(const GroupedGemm p, int* out, const cuda::Divisor column_tiles) {
   const cuda::Items items(p, column_tiles);
@@ -120,7 +114,7 @@ void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows, i
   p.activation.kind = Activation::kIdentity;
   const int most = static_cast<int>(rows / kTileRows + experts);
   p.row_tiles = {kTileRows, group, most, row_tiles};
-  launch(lay_kernel, 1, 64, sizeof(Tiles), nullptr, p);
+  cuda::row_tiles(p, nullptr);
   launch(tiles_kernel, device_info().sm_count, kTileRows, 0, nullptr, p, out,
          cuda::Divisor(column_tiles));
 }

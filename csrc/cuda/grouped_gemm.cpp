@@ -1,0 +1,73 @@
+// grouped_gemm and grouped_gemv: which kernel.
+#include "device.h"
+#include "primitives.h"
+#include "shapes.h"
+
+namespace simple_moe {
+
+struct f16;
+struct bf16;
+
+namespace cuda {
+
+// Each for each dtype in a file of its own: they take the compiler's time.
+template <typename T>
+void launch_sm80(const GroupedGemm& p, cudaStream_t stream);
+template <typename T>
+void launch_sm90(const GroupedGemm& p, cudaStream_t stream);
+template <typename T>
+void launch_any(const GroupedGemm& p, cudaStream_t stream);
+
+namespace {
+
+// Whether both operands are of 16 bits and come in whole vectors, as grouped_gemm.cuh and
+// grouped_gemv.cu read them. Their strides are 32 bits wide.
+bool reads_whole_vectors(const GroupedGemm& p) {
+  return p.dtype != DType::kFloat32 && p.k > 0 && p.k < 1 << 30 && p.k % 8 == 0 && p.n % 8 == 0 &&
+         p.a_stride < 1 << 30 && p.b_row_stride < 1 << 24 && p.b_col_stride == 1 &&
+         rows_are_aligned(p.a, p.a_stride, p.dtype) &&
+         rows_are_aligned(p.b, p.b_row_stride, p.dtype) &&
+         rows_are_aligned(p.b, p.b_expert_stride, p.dtype);
+}
+
+bool is_whole_vectors(const GroupedGemm& p) {
+  return reads_whole_vectors(p) && p.out_dtype == p.dtype &&
+         rows_are_aligned(p.out, p.out_stride, p.out_dtype);
+}
+
+}  // namespace
+
+void grouped_gemm(const GroupedGemm& p, cudaStream_t stream) {
+  if (p.rows == 0 || p.n == 0) return;
+  if (p.zero_other_rows) zero_other_rows(p, stream);
+  if (is_whole_vectors(p)) {
+    p.dtype == DType::kFloat16 ? launch_sm80<f16>(p, stream) : launch_sm80<bf16>(p, stream);
+  } else if (p.dtype == DType::kFloat32) {
+    launch_any<float>(p, stream);
+  } else {
+    p.dtype == DType::kFloat16 ? launch_any<f16>(p, stream) : launch_any<bf16>(p, stream);
+  }
+}
+
+#ifdef SIMPLE_MOE_SM90
+bool has_sm90() {
+  const DeviceInfo& device = device_info();
+  return device.major == 9 && device.minor == 0 && device.smem_per_block >= 227 << 10;
+}
+
+void grouped_gemm_sm90(const GroupedGemm& p, cudaStream_t stream) {
+  // Few rows wait for memory, and the sm80 backend's tiles suit them better.
+  if (p.row_tiles.height < 128 || !is_whole_vectors(p) || p.n == 0) return grouped_gemm(p, stream);
+  if (p.zero_other_rows) zero_other_rows(p, stream);
+  p.dtype == DType::kFloat16 ? launch_sm90<f16>(p, stream) : launch_sm90<bf16>(p, stream);
+}
+#endif
+
+bool grouped_gemv_suits(const GroupedGemm& p) {
+  const ProductSize size{p.rows, p.experts, p.n, p.k, is_gated(p.activation.kind)};
+  return p.n > 0 && p.topk <= 1024 && reads_whole_vectors(p) &&
+         slots_go_by_themselves(size, p.rows / p.topk);
+}
+
+}  // namespace cuda
+}  // namespace simple_moe

@@ -1,0 +1,150 @@
+// grouped_gemv: a layer's product for few tokens, each slot by itself: matrices times vectors,
+// which wait for the weights and nothing else. No sort comes before it and no combine after it.
+//
+// Schedule: a block takes 4 or 8 output columns (gated: 4 gates and their ups) of one slot, or of a
+// token whose slots are added up. Its threads share out the vectors of 16 bytes that make up the
+// dot products. A thread loads kLoads of the weights straight into registers, which are read once,
+// then those of `a`, which lie in L1, and adds the products in float32; there is no ring and no
+// barrier, the other blocks of the multiprocessor load meanwhile. Where only `a` is new, the first
+// weights are under way before the kernel that writes it ends. At last the threads' sums meet, in
+// their warps and then in shared memory, where a thread a column finishes it. In flight: 128 bytes
+// a thread, 128 KB a multiprocessor.
+//
+// The order of a sum depends on the sizes alone, but it isn't grouped_gemm's.
+#include "epilogue.cuh"
+#include "launch.h"
+#include "primitives.h"
+#include "shapes.h"
+
+namespace simple_moe::cuda {
+namespace {
+
+constexpr int kLoads = 8;
+
+template <typename T>
+struct alignas(16) Vector {
+  T values[kVector];
+};
+
+struct Slot {
+  int expert;  // as those held here are numbered; -1: it isn't
+  float weight;
+};
+
+template <typename T, int kColumns, bool kGated>
+__global__ void __launch_bounds__(kMostGemvThreads, 4)
+    grouped_gemv_kernel(const GroupedGemm p, const Divisor vectors) {
+  constexpr int kRows = kGated ? 2 * kColumns : kColumns;  // of weights, a block
+  constexpr int kAtOnce = kLoads / kRows;                  // vectors of each, a thread
+  if (!p.only_a_is_new) ptx::follow_earlier_kernels();
+  const int blocks_of_row = static_cast<int>(p.n / kColumns), out_row = blockIdx.x / blocks_of_row;
+  const int first_column = blockIdx.x % blocks_of_row * kColumns;
+  const int slots = p.adds_slots ? p.topk : 1, first_slot = out_row * slots;
+  float* const of_warps = reinterpret_cast<float*>(ptx::dynamic_smem());  // [warps][kRows]
+  Slot* const table = reinterpret_cast<Slot*>(of_warps + blockDim.x / 32 * kRows);
+  for (int i = threadIdx.x; i < slots; i += blockDim.x) {
+    const int64_t expert = local_expert(p.ids, first_slot + i);
+    const bool held = expert < p.experts;
+    table[i] = {held ? static_cast<int>(expert) : -1,
+                p.row_weights.data ? load_float(p.row_weights, first_slot + i) : 1.0f};
+  }
+  __syncthreads();  // the table is there
+  const auto row_of_b = [&](bool up) {
+    const int64_t row = kGated ? branch_row(p, first_column, up) : first_column;
+    return static_cast<const T*>(p.b) + row * p.b_row_stride;
+  };
+  const T *const gates = row_of_b(false), *const ups = row_of_b(true);
+  const bool alternate = kGated && p.gate_layout == GateLayout::kInterleaved;
+  const uint32_t row_bytes = static_cast<uint32_t>(p.b_row_stride * 2) << alternate;
+  const T* const a =
+      static_cast<const T*>(p.a) + (p.adds_slots ? first_slot : out_row / p.topk) * p.a_stride;
+  float sums[kRows] = {};
+#pragma unroll 1
+  for (int first = 0, all = slots * vectors.value; first < all; first += kAtOnce * blockDim.x) {
+    Vector<T> weights[kAtOnce][kRows];
+    const T* of_a[kAtOnce];
+    Slot slot[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int vector = first + i * blockDim.x + threadIdx.x;
+      const int number = slots > 1 ? vectors.divide(vector) : 0;
+      const int at = (vector - number * vectors.value) * kVector;
+      slot[i] = vector < all ? table[number] : Slot{-1, 0.0f};
+      of_a[i] = a + number * p.a_stride + at;
+      const int64_t offset = slot[i].expert * p.b_expert_stride + at;
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        const auto* const row =
+            reinterpret_cast<const char*>((j < kColumns ? gates : ups) + offset);
+        const char* const from = ptx::advance(row, j % kColumns, row_bytes);
+        if (slot[i].expert >= 0) weights[i][j] = ptx::load_once<Vector<T>>(from);
+      }
+    }
+    if (first == 0 && p.only_a_is_new) ptx::follow_earlier_kernels();
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (slot[i].expert < 0) continue;  // Its row of `a` may be NaN.
+      const auto of_row = *reinterpret_cast<const Vector<T>*>(of_a[i]);
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          sum = fmaf(ptx::to_float(of_row.values[v]), ptx::to_float(weights[i][j].values[v]), sum);
+        }
+        sums[j] = fmaf(slot[i].weight, sum, sums[j]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int j = 0; j < kRows; ++j) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      sums[j] += __shfl_xor_sync(0xffffffffu, sums[j], distance);
+    }
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32 * kRows + j] = sums[j];
+  }
+  __syncthreads();  // the warps' sums are there
+  if (threadIdx.x >= kColumns) return;
+  float gate[1] = {}, up[1] = {};
+  for (unsigned at = threadIdx.x; at < blockDim.x / 32 * kRows; at += kRows) {
+    gate[0] += of_warps[at];
+    if (kGated) up[0] += of_warps[at + kColumns];
+  }
+  const int column = first_column + threadIdx.x;
+  for (int i = 0; i < slots; ++i) {
+    const auto [expert, weight] = table[i];
+    if (expert < 0) continue;
+    if (p.bias.data) {
+      gate[0] = fmaf(weight, with_bias(0.0f, p, expert, column, false), gate[0]);
+      if (kGated) up[0] = with_bias(up[0], p, expert, column, true);
+    }
+    if (kGated) activate_gated<1>(p.activation.kind, scalars_of(p.activation, expert), gate, up);
+  }
+  if (!kGated) activate<1>(p.activation.kind, gate);
+  const float values[kVector] = {gate[0]};
+  store_vector(p.out, p.out_dtype, out_row * p.out_stride + column, 1, false, values);
+}
+
+template <typename T>
+void launch_gemv(const GroupedGemm& p, cudaStream_t stream) {
+  const bool gated = is_gated(p.activation.kind);
+  const int64_t out_rows = p.adds_slots ? p.rows / p.topk : p.rows, vectors = p.k / kVector;
+  const GemvTile tile =
+      choose_gemv_tile(out_rows, p.n, p.rows / out_rows * vectors, gated, device_info());
+  launch<Start::kEarly>(gated            ? grouped_gemv_kernel<T, 4, true>
+                        : tile.cols == 4 ? grouped_gemv_kernel<T, 4, false>
+                                         : grouped_gemv_kernel<T, 8, false>,
+                        out_rows * (p.n / tile.cols), tile.threads,
+                        tile.threads / 32 * 32 + p.topk * sizeof(Slot), stream, p,
+                        Divisor(vectors));
+}
+
+}  // namespace
+
+void grouped_gemv(const GroupedGemm& p, cudaStream_t stream) {
+  p.dtype == DType::kFloat16 ? launch_gemv<f16>(p, stream) : launch_gemv<bf16>(p, stream);
+}
+
+}  // namespace simple_moe::cuda
