@@ -35,11 +35,17 @@ def plan(layer, tokens: int, gpu: Gpu) -> list[dict]:
     """The tiles of the layer's two products."""
     function = ctypes.CDLL(str(_library.PATH)).simple_moe_plan
     function.restype = ctypes.c_char_p
-    function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] * 3
+    function.argtypes = [ctypes.c_int64] * 5 + [ctypes.c_int] * 3
     experts, topk, hidden, intermediate = layer[1:5]
     return json.loads(
-        function(tokens * topk, experts, hidden, intermediate, 1, gpu.sms, gpu.smem_kb)
+        function(tokens, topk, experts, hidden, intermediate, 1, gpu.sms, gpu.smem_kb)
     )
+
+
+def shape(tile: dict) -> str:
+    if "threads" in tile:
+        return f"1x{tile['cols']} by {tile['threads']}"
+    return "x".join(str(tile[key]) for key in ("rows", "cols", "depth", "stages"))
 
 
 def floor(layer, tokens: int, gpu: Gpu) -> tuple[float, float]:
@@ -51,6 +57,10 @@ def floor(layer, tokens: int, gpu: Gpu) -> tuple[float, float]:
 
 
 def reason(tile: dict, rows: float, gpu: Gpu) -> str:
+    if "threads" in tile:
+        blocks = gpu.sms * (1024 // tile["threads"])
+        return (f"each slot by itself, no sort; 128 KB in flight an SM;"
+                f" {tile['blocks'] / blocks:.1f} rounds of {blocks} blocks")  # fmt: skip
     blocks = gpu.sms * tile["blocks_per_sm"]
     flight = tile["blocks_per_sm"] * (tile["stages"] - 1) * 2 * tile["depth"]
     flight *= tile["rows"] + tile["cols"]
@@ -69,18 +79,15 @@ def main() -> None:
         print(f"{name}: {gpu.sms} SMs, {gpu.smem_kb} KB a block, {gpu.tflops:g} TFLOP/s,"
               f" {gpu.tbps:g} TB/s")  # fmt: skip
         print(f"{'layer':<12} {'tokens':>6} {'floor µs':>9} {'bound':<7} "
-              f"{'first, second: rows x cols x depth x stages':<34} why (the first)")  # fmt: skip
+              f"{'first, second: rows x cols x depth x stages, or by threads':<34} why (the first)")  # fmt: skip
         for layer_name, layer in LAYERS.items():
             for tokens in layer.tokens:
                 tiles = plan(layer, tokens, gpu)
                 memory, tensor = floor(layer, tokens, gpu)
-                shapes = [
-                    "x".join(str(t[k]) for k in ("rows", "cols", "depth", "stages")) for t in tiles
-                ]
                 slots = tokens * layer.topk
                 rows = slots / min(slots, layer.experts)
                 print(f"{layer_name:<12} {tokens:>6} {max(memory, tensor):>9.0f} "
-                      f"{'memory' if memory > tensor else 'tensor':<7} {', '.join(shapes):<34} "
+                      f"{'memory' if memory > tensor else 'tensor':<7} {', '.join(map(shape, tiles)):<34} "
                       f"{reason(tiles[0], rows, gpu)}")  # fmt: skip
         print()
 

@@ -270,9 +270,8 @@ def planned(case, sms: int) -> tuple[int, int]:
     """The rows and columns of the tile that shapes.h plans for a layer's second product."""
     plan = ctypes.CDLL(str(_library.PATH)).simple_moe_plan
     plan.restype = ctypes.c_char_p
-    plan.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] * 3
-    slots = case.tokens * case.topk
-    tiles = plan(slots, case.experts, case.hidden, case.intermediate, 1, sms, 227)
+    plan.argtypes = [ctypes.c_int64] * 5 + [ctypes.c_int] * 3
+    tiles = plan(case.tokens, case.topk, case.experts, case.hidden, case.intermediate, 1, sms, 227)
     return json.loads(tiles)[1]["rows"], json.loads(tiles)[1]["cols"]
 
 

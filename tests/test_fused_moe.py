@@ -171,6 +171,36 @@ def test_out_may_lie_where_the_ids_do(tokens, device):
     assert_same_bits(moe_ops.fused_moe(**arguments, out=memory), expected)
 
 
+@pytest.mark.parametrize("name", ["x", "w1", "w2", "topk_weights", "b2"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_out_may_lie_where_an_input_does(tokens, name, device):
+    case = MoeCase(tokens=tokens, hidden=512, dtype=torch.bfloat16, bias="as x")
+    arguments = case.arguments(device)
+    expected = moe_ops.fused_moe(**arguments)
+    given = arguments[name]
+    memory = torch.empty(max(given.nbytes // 2, tokens * 512), dtype=torch.bfloat16, device=device)
+    shared = memory.view(given.dtype)[: given.numel()].view(given.shape)
+    arguments[name] = shared.copy_(given)
+    out = memory[: tokens * 512].view(tokens, 512)
+    assert_same_bits(moe_ops.fused_moe(**arguments, out=out), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_few_tokens(tokens, activation, dtype, device):
+    """So few of them, and so many experts, that a GPU takes each slot by itself."""
+    case = MoeCase(tokens=tokens, topk=3, experts=64, hidden=1000, intermediate=136, dtype=dtype,
+                   activation=activation, routing="masked", bias="float32", parameters="tensor",
+                   gate_layout=reference.GATE_LAYOUTS[tokens % 3], expert_offset=5)  # fmt: skip
+    check_layer(case, device)
+    arguments = case.arguments(device)
+    invariant = moe_ops.fused_moe(**arguments, batch_invariant=True)
+    arguments["output_dtype"] = torch.float64
+    expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)
+    assert_accurate(invariant, expected, tolerance_of(dtype))
+
+
 def test_the_operator_itself(device):
     """torch.ops.simple_moe takes the same first five tensors, and defaults for all the rest."""
     arguments = MoeCase().arguments(device)

@@ -18,6 +18,14 @@ void describe(std::ostream& text, const RowTiles& tiles, const ProductSize& size
        << ", \"most_items\": " << tiles.most * column_tiles(size.n, size.gated, tile.cols) << "}";
 }
 
+// Of grouped_gemv.
+void describe(std::ostream& text, int64_t out_rows, int64_t vectors, const ProductSize& size,
+              const DeviceInfo& device) {
+  const GemvTile tile = choose_gemv_tile(out_rows, size.n, vectors, size.gated, device);
+  text << "{\"cols\": " << tile.cols << ", \"threads\": " << tile.threads
+       << ", \"blocks\": " << out_rows * size.n / tile.cols << "}";
+}
+
 }  // namespace
 
 RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns) {
@@ -26,11 +34,12 @@ RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns) {
 
 }  // namespace simple_moe::cuda
 
-// Of a layer by mma.sync on a GPU of so many multiprocessors and so much shared memory a block: a
-// JSON list of its first product's tile and its second's. Valid until the next call of the thread.
+// Of a 16-bit layer without wgmma on a GPU of so many multiprocessors and so much shared memory a
+// block: a JSON list of its first product's tile and its second's. Valid until the next call of the
+// thread.
 extern "C" __attribute__((visibility("default"))) const char* simple_moe_plan(
-    int64_t slots, int64_t experts, int64_t hidden, int64_t intermediate, int gated, int sms,
-    int smem_kb) {
+    int64_t tokens, int64_t topk, int64_t experts, int64_t hidden, int64_t intermediate, int gated,
+    int sms, int smem_kb) {
   using namespace simple_moe;
   using namespace simple_moe::cuda;
   const size_t smem = static_cast<size_t>(smem_kb) << 10;
@@ -40,13 +49,22 @@ extern "C" __attribute__((visibility("default"))) const char* simple_moe_plan(
                           .major = 8,
                           .minor = 0,
                           .early_launch = false};
-  const int64_t columns = hidden < intermediate ? hidden : intermediate;
-  const RowTiles tiles = plan_row_tiles(slots, experts, columns, device);
+  const int64_t slots = tokens * topk;
+  const ProductSize first{slots, experts, intermediate, hidden, gated != 0};
+  const ProductSize second{slots, experts, hidden, intermediate, false};
   std::ostringstream text;
   text << "[";
-  describe(text, tiles, {slots, experts, intermediate, hidden, gated != 0}, device);
-  text << ", ";
-  describe(text, tiles, {slots, experts, hidden, intermediate, false}, device);
+  if (slots_go_by_themselves(first, tokens) && slots_go_by_themselves(second, tokens)) {
+    describe(text, slots, hidden / 8, first, device);
+    text << ", ";
+    describe(text, tokens, topk * intermediate / 8, second, device);
+  } else {
+    const int64_t columns = hidden < intermediate ? hidden : intermediate;
+    const RowTiles tiles = plan_row_tiles(slots, experts, columns, device);
+    describe(text, tiles, first, device);
+    text << ", ";
+    describe(text, tiles, second, device);
+  }
   text << "]";
   static thread_local std::string answer;
   answer = text.str();
