@@ -22,7 +22,9 @@ def main(names: list[str]) -> None:
     backends = [b for b in ("sm80", "sm90") if has("cuda", b)]
     for dtype in [getattr(torch, name) for name in names] or DTYPES:
         for tokens, layout, routing, hidden in (
+            # Each slot by itself: 4 columns a block, and 8.
             (1, "contiguous", "uniform", 264),
+            (1, "contiguous", "masked", 2200),
             (65, "misaligned", "masked", 264),
             (130, "padded", "skewed", 130),
             (700, "contiguous", "idle", 72),
