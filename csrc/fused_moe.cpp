@@ -13,7 +13,7 @@
 // A long input goes in chunks of tokens, so that the workspace stays bounded. What the sort makes
 // for the products is done with before `out` is written, and lies there meanwhile, unless `out` is
 // too small or overlaps an input. It may: all have been read by the time it is written, but for the
-// ids, which are copied then.
+// ids, which are copied then, and what the second product reads: then the output is made elsewhere.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -230,16 +230,16 @@ void run_chunk(const Inputs& in, const Place& place, const Backend& backend,
   place.combine(sum);
 }
 
-// Whether `out` overlaps an input of the second product, or any.
+// Whether `out` overlaps an input of the second product that isn't copied.
 bool overlaps_second(const Arguments& a, const Tensor& out) {
   return overlap(out, a.w2) || overlap(out, a.topk_weights) || (a.b2 && overlap(out, *a.b2));
 }
-bool overlaps_any(const Arguments& a, const Tensor& out) {
+// The others.
+bool overlaps_another(const Arguments& a, const Tensor& out) {
   for (const auto* input : {&a.b1, &a.alpha.per_expert, &a.beta.per_expert, &a.limit.per_expert}) {
     if (*input && overlap(out, **input)) return true;
   }
-  return overlap(out, a.x) || overlap(out, a.w1) || overlap(out, a.topk_ids) ||
-         overlaps_second(a, out);
+  return overlap(out, a.x) || overlap(out, a.w1) || overlap(out, a.topk_ids);
 }
 
 // `out` is contiguous. With tokens, and checked arguments.
@@ -248,12 +248,11 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
   // Equal chunks, as few as keep the workspace under kMost. One only where `out` overlaps an input:
   // the first chunk's output would be read as the second's input.
   constexpr int64_t kMost = int64_t{3} << 30;
-  const bool apart = !overlaps_any(a, out);
+  const bool apart = !overlaps_another(a, out);
   const Inputs in(a, layer, out);
-  // grouped_gemv adds in an order of its own, and writes `out` while other blocks still read.
+  // grouped_gemv adds in an order of its own.
   const bool sorted = a.batch_invariant || !backend.leaves_few_tokens_to_grouped_gemv ||
-                      overlaps_second(a, out) || !place.grouped_gemv_suits(in.first) ||
-                      !place.grouped_gemv_suits(in.second);
+                      !place.grouped_gemv_suits(in.first) || !place.grouped_gemv_suits(in.second);
   Workspace workspace(place, layer, layer.tokens, sorted);
   const int64_t chunks =
       apart ? (workspace.rows.bytes() + workspace.routing.bytes() + kMost - 1) / kMost : 1;
@@ -358,7 +357,8 @@ void fused_moe_out(const Tensor& x, const Tensor& w1, const Tensor& w2, const Te
     check.that(out.numel() == 0 || lie_apart(out), "out has strides [", out.stride(0), ", ",
                out.stride(1), "] for shape ", shape_of(out),
                ", expected rows, or columns, that don't overlap");
-    if (out.is_contiguous()) return out;
+    // grouped_gemv writes it while other blocks still read.
+    if (out.is_contiguous() && !overlaps_second(arguments, out)) return out;
     return empty(out, {layer.tokens, layer.hidden}, scalar_type_of(dtype));
   });
   // A tensor copied to itself is left alone, but autograd is told that it was written.
