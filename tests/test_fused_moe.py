@@ -190,7 +190,7 @@ def test_out_may_lie_where_an_input_does(tokens, name, device):
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 def test_few_tokens(tokens, activation, dtype, device):
     """So few of them, and so many experts, that a GPU takes each slot by itself."""
-    case = MoeCase(tokens=tokens, topk=3, experts=64, hidden=1000, intermediate=136, dtype=dtype,
+    case = MoeCase(tokens=tokens, topk=3, experts=64, hidden=200, intermediate=72, dtype=dtype,
                    activation=activation, routing="masked", bias="float32", parameters="tensor",
                    gate_layout=reference.GATE_LAYOUTS[tokens % 3], expert_offset=5)  # fmt: skip
     check_layer(case, device)

@@ -164,7 +164,7 @@ inline constexpr int kMostGemvThreads = 256;
 // is read in all.
 inline bool slots_go_by_themselves(const ProductSize& size, int64_t tokens) {
   const int64_t read = size.rows * size.n * size.k * (size.gated ? 4 : 2);  // bytes
-  return tokens == 1 || (4 * size.rows <= size.experts && read <= int64_t{600} << 20);
+  return tokens == 1 || (4 * size.rows <= size.experts && read <= int64_t{400} << 20);
 }
 
 // The most columns that leave each multiprocessor two blocks, and threads for two rounds of loads.
