@@ -77,9 +77,9 @@ def main() -> None:
     for name in args.gpus:
         gpu = GPUS[name]
         print(f"{name}: {gpu.sms} SMs, {gpu.smem_kb} KB a block, {gpu.tflops:g} TFLOP/s,"
-              f" {gpu.tbps:g} TB/s")  # fmt: skip
+              f" {gpu.tbps:g} TB/s. Tiles: rows x cols x depth x stages, or 1 x cols by threads")  # fmt: skip
         print(f"{'layer':<12} {'tokens':>6} {'floor µs':>9} {'bound':<7} "
-              f"{'first, second: rows x cols x depth x stages, or by threads':<34} why (the first)")  # fmt: skip
+              f"{'first, second product':<34} why (the first)")  # fmt: skip
         for layer_name, layer in LAYERS.items():
             for tokens in layer.tokens:
                 tiles = plan(layer, tokens, gpu)

@@ -50,8 +50,8 @@ def fused_moe(
         expert_offset: the id of w1[0].
         output_dtype: float16, bfloat16 or float32; x's unless given.
         out: [T, H], written and returned; has no gradient.
-        batch_invariant: the same bits for a token whatever T is. Costs microseconds where T is 1, or up
-            to 9 with many experts, nothing from there on.
+        batch_invariant: the same bits for a token whatever T is. Costs microseconds where T is 1, or a
+            few with many experts, nothing with more.
         backend: "auto", or on CUDA "sm80" (mma.sync), "sm90" (wgmma, on Hopper; the same bits) or
             "cublas" (waits for the device).
 

@@ -129,7 +129,7 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
   const int64_t items = tiles.most * column_tiles(size.n, size.gated, tile.cols);
   const int least = narrowest(tile.rows);
   // The deepest ring waits least for the slowest line, but one block a multiprocessor has nobody to
-  // fill in for it: for a token's long tiles, where they fill the rounds, and are no two rounds,
+  // fill in for it: for few tokens' long tiles, where they fill the rounds, and are no two rounds,
   // which two blocks take at once.
   if (tile.rows == 16 && tile.blocks == 1) {
     const int64_t rounds = ceil_div(items, device.sm_count);
