@@ -78,8 +78,7 @@ struct Inputs {
     second.a_stride = layer.intermediate;
     second.n = second.out_stride = layer.hidden;
     second.k = layer.intermediate;
-    second.claimant = 1;
-    second.only_a_is_new = true;
+    second.is_second = true;
     second.b = w2.data;
     second.b_expert_stride = w2.expert_stride;
     second.b_row_stride = w2.row_stride;
@@ -87,7 +86,6 @@ struct Inputs {
     second.bias = floats_of(b2);
     second.activation = {};
     second.gate_layout = GateLayout::kGateUp;
-    second.adds_slots = true;
   }
 
   const Layer& layer;
@@ -136,6 +134,7 @@ struct Workspace {
     sorted_slots_at = routing.add(4 * slots);
     source_rows_at = routing.add(4 * slots);
     row_weights_at = routing.add(4 * slots);
+    progress_at = routing.add(tiles.overlap ? 4 * slots : 0);
     expert_offsets_at = routing.add(4 * (layer.experts + 1));
     counts_at = routing.add(4 * place.sort_by_expert_counts(slots, layer.experts));
     h2_at = rows.add(element * slots * layer.hidden);
@@ -145,7 +144,7 @@ struct Workspace {
   RowTiles tiles;
   Arrays routing, rows;
   int64_t tiles_at = 0, sorted_slots_at = 0, source_rows_at = 0, row_weights_at = 0,
-          expert_offsets_at = 0, counts_at = 0, h1_at, h2_at = 0;
+          progress_at = 0, expert_offsets_at = 0, counts_at = 0, h1_at, h2_at = 0;
 };
 
 // The layer for tokens first ... first + tokens.
@@ -197,6 +196,9 @@ void run_chunk(const Inputs& in, const Place& place, const Backend& backend,
       .row_tiles = workspace.tiles,
   };
   sort.row_tiles.head = routing.at<RowTilesHead>(workspace.tiles_at);
+  if (sort.row_tiles.overlap) {
+    sort.row_tiles.progress = routing.at<int32_t>(workspace.progress_at);
+  }
   place.sort_by_expert(sort);
 
   first.expert_offsets = second.expert_offsets = sort.expert_offsets;

@@ -120,6 +120,10 @@ struct RowTiles {
   int group = 1;   // the most tiles of a group
   int most = 0;    // how many there can be
   RowTilesHead* head = nullptr;
+  // Whether a layer's second product starts on a tile when the first has written it, not when that
+  // has ended. Then [rows], else null: at a tile's first row, how many columns are written.
+  bool overlap = false;
+  int32_t* progress = nullptr;
 
   int64_t bytes() const { return (most + 1) * static_cast<int64_t>(sizeof(RowTile)); }
   SIMPLE_MOE_HOST_DEVICE RowTile* data() const { return reinterpret_cast<RowTile*>(head + 1); }
@@ -157,9 +161,9 @@ struct GroupedGemm {
   const int32_t* out_rows;        // [rows] or null: row r goes to out's row r
   int64_t source_count;           // rows of a
   RowTiles row_tiles;             // of the expert_offsets
-  int claimant;                   // which of row_tiles' two counts is this product's
-  // Whether all inputs but `a` were written before the kernel that writes `a` started.
-  bool only_a_is_new;
+  // Whether `a` is what a layer's first product writes, all else having been written before that
+  // one started. By grouped_gemv then the slots of a token are added up.
+  bool is_second = false;
   const void* b;  // [experts, n or 2 n when gated, k]; one of the two strides is 1
   int64_t b_expert_stride, b_row_stride, b_col_stride;
   Floats bias;  // [experts, n or 2 n]
@@ -170,11 +174,10 @@ struct GroupedGemm {
   int64_t out_stride;
   bool zero_other_rows;
   // For grouped_gemv, which goes by these in the place of expert_offsets and what is made of them:
-  // row r is slot r's, of the token r / topk. Where the slots are not added up, `a` has a row a
-  // token; where they are, `out` has.
+  // row r is slot r's, of the token r / topk. A first product's `a` has a row a token, as has a
+  // second's `out`.
   TopkIds ids = {};
   int topk = 1;
-  bool adds_slots = false;
 };
 
 // out[e] = a[rows of e].T @ b[rows of e]: the gradient of grouped_gemm's b.

@@ -6,7 +6,7 @@ bit for bit.
 
 import pytest
 import torch
-from emulator import Emulator, build
+from emulator import Emulator, EmulatorError, build
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
@@ -433,6 +433,39 @@ def test_grouped_gemm_activation(
     check_unheld_rows(out, held, case["zero_other_rows"])
 
 
+@examples(40)
+@given(gemms() | gemms_of_whole_vectors(), st.integers(1, 40), st.booleans(), SEEDS, MACHINES)
+@example(WGMMA, 9, True, 0, dict(seed=0, sm_count=2))
+def test_grouped_gemm_second_waits(emulator, case, vectors, gated, seed, machine):
+    """A layer's first product counts what it has written of each row tile, and the second goes by
+    that: by nothing less."""
+    random, n = Random(seed), case["n"]
+    whole = "sm90" in case  # vectors, in both products
+    case |= dict(scattered=False, zero_other_rows=False, columns=case["columns"] or n)
+    a, b, offsets, held, arguments = gemm_inputs(case, random, 2 if gated else 1)
+    places = gemm_places(case) | machine_for(case, machine)
+    h, progress = emulator.grouped_gemm(
+        a, b, offsets, **arguments, activation="reglu" if gated else "identity", progress=True,
+        **places)  # fmt: skip
+    begins = [r.start for r in reference.row_ranges(offsets, case["rows"]) if r.stop > r.start]
+    assert (progress[begins] >= n).all()
+    if whole:  # a tile's columns, rounded up, where a tile begins, and nothing elsewhere
+        assert ((progress < n + 256) | (progress == 0x7F7F7F7F)).all()
+    h = h / 16
+    b = random.integers(case["experts"], 8 * vectors, n, dtype=h.dtype)
+    places = machine_for(case, machine) | dict(
+        rows=case["rows"], columns=case["columns"], sm90=places["sm90"], is_second=True,
+        zero_other_rows=False)  # fmt: skip
+    out = twice(emulator.grouped_gemm, h, b, offsets, progress=progress, **places)
+    expected = gemm_reference(h, b, offsets, rows=case["rows"])
+    tolerance = EPSILON[out.dtype]
+    torch.testing.assert_close(out[held].double(), expected[held], rtol=tolerance, atol=tolerance)
+    if whole and begins:
+        progress[begins[-1]] = n - 1
+        with pytest.raises(EmulatorError, match="nobody"):
+            emulator.grouped_gemm(h, b, offsets, progress=progress, **places)
+
+
 def test_grouped_gemm_many_experts(emulator):
     """More of them than a block looks at in one go."""
     case = dict(rows=200, n=8, k=8, experts=2500, dtype=torch.bfloat16, out_dtype=None,
@@ -525,7 +558,7 @@ def test_grouped_gemv(emulator, case, seed, machine):
     rows = x[:, None].expand(tokens, topk, -1).reshape(tokens * topk, -1).clone()
     weights = random.integers(tokens, topk, dtype=torch.float32) * 0.25
     rows[~held_rows], weights[~held] = torch.nan, torch.nan
-    out = twice(emulator.grouped_gemv, rows, b, ids, row_weights=weights, adds_slots=True,
+    out = twice(emulator.grouped_gemv, rows, b, ids, row_weights=weights, is_second=True,
                 **arguments, **machine)  # fmt: skip
     weighted = (weights.double().flatten()[:, None] * product).view(tokens, topk, -1)
     assert torch.equal(out, weighted.where(held[..., None], 0.0).sum(1).to(out.dtype))

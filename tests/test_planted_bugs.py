@@ -85,6 +85,15 @@ PLANTED = {
     "a warpgroup's rows forgotten": (
         WGMMA, "item.row_count > first_row()", "item.row_count > first_row() + 16",
         whole_vectors),
+    "rows of a later item not waited for": (
+        COPIER, "if constexpr (!kFirst) wait_for_rows(item);", "", properties.test_grouped_gemm_second_waits),
+    "rows of the first item not waited for": (
+        GEMM, "copier.wait_for_rows(queue[0]);", "", properties.test_grouped_gemm_second_waits),
+    "last item never counted": (
+        GEMM, "  }\n  __syncthreads();  // All have written the last item.\n  if (number > 0)",
+        "  }\n  if (false)", properties.test_grouped_gemm_second_waits),
+    "gates and ups counted": (
+        ITEMS, "? lines / 2 : lines", "? lines : lines", properties.test_grouped_gemm_second_waits),
     "high items not taken in pieces": (
         ANY, "done += Shape::kRows", "done += p.row_tiles.height", properties.test_grouped_gemm),
     "gates and ups swapped": (
@@ -175,7 +184,7 @@ def test_planted_bug(bug):
     file, old, new, test = PLANTED[bug]
     emulator = Emulator(build({file: (old, new)}))
     try:
-        with pytest.raises((AssertionError, EmulatorError)):
+        with pytest.raises((AssertionError, EmulatorError, pytest.fail.Exception)):
             test(emulator)
     finally:
         emulator.close()

@@ -144,20 +144,18 @@ class Accumulators {
       const float weight = __shfl_sync(0xffffffffu, target.weight, row);
       if (there && first + row < item.row_count && row < Shape::kStagedRows) {
         const float* const from = floats + row * Shape::kStagedPitch;
-        alignas(16) float values[kVector];
+        const int at = kGated ? vector * kVector : vector % 2 * kOddAt + vector / 2 * kVector;
+        auto [values] = *reinterpret_cast<const Vector<float>*>(from + at);
         if constexpr (kGated) {
-          alignas(16) float ups[kVector];
-          load_vector(from + vector * kVector, values);
-          load_vector(from + kOddAt + vector * kVector, ups);
+          auto [ups] = *reinterpret_cast<const Vector<float>*>(from + at + kOddAt);
           if constexpr (kCommon) {
             activate_gated<kVector>(Activation::kSwiglu, {}, values, ups);
           } else {
             activate_gated<kVector>(p.activation.kind, scalars_of(p.activation, item.expert),
                                     values, ups);
           }
-        } else {
-          load_vector(from + vector % 2 * kOddAt + vector / 2 * kVector, values);
-          if constexpr (!kCommon) activate<kVector>(p.activation.kind, values);
+        } else if constexpr (!kCommon) {
+          activate<kVector>(p.activation.kind, values);
         }
         *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to_row * p.out_stride + column) = {
             ptx::pack<T>(values[0] * weight, values[1] * weight),
@@ -166,11 +164,6 @@ class Accumulators {
             ptx::pack<T>(values[6] * weight, values[7] * weight)};
       }
     }
-  }
-
-  __device__ static void load_vector(const float* from, float (&values)[kVector]) {
-    reinterpret_cast<float4*>(values)[0] = reinterpret_cast<const float4*>(from)[0];
-    reinterpret_cast<float4*>(values)[1] = reinterpret_cast<const float4*>(from)[1];
   }
 };
 

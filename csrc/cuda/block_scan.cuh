@@ -1,4 +1,4 @@
-// Inclusive scans over a warp and over a block.
+// Reductions over a warp, inclusive scans over a warp and over a block.
 #pragma once
 
 #include "ptx.cuh"
@@ -17,6 +17,16 @@ struct Max {
     return a > b ? a : b;
   }
 };
+
+// Of a value of each lane, in every lane.
+template <typename T, typename Op>
+__device__ __forceinline__ T warp_reduce(T value, Op op) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value = op(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  }
+  return value;
+}
 
 template <typename T, typename Op>
 __device__ __forceinline__ T warp_scan(T value, Op op) {

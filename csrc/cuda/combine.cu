@@ -41,20 +41,17 @@ template <bool kWhole, typename T>
 __device__ __forceinline__ void add_slots(const T* rows, int64_t stride, int count, int slots,
                                           int row_of_lane, float weight_of_lane,
                                           float (&sums)[kVector]) {
-  struct alignas(16) Vector {
-    T values[kVector];
-  };
 #pragma unroll 1
   for (int first = 0; first < slots; first += kAtOnce) {
     int row[kAtOnce];
-    Vector vectors[kAtOnce];
+    Vector<T> vectors[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       row[i] = __shfl_sync(0xffffffffu, row_of_lane, first + i);
       vectors[i] = {};
       const T* const from = rows + row[i] * stride;
       if constexpr (kWhole) {
-        if (row[i] >= 0) vectors[i] = *reinterpret_cast<const Vector*>(from);
+        if (row[i] >= 0) vectors[i] = *reinterpret_cast<const Vector<T>*>(from);
       } else {
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {

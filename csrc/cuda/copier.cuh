@@ -15,7 +15,7 @@ class Copier {
 
   __device__ Copier(const GroupedGemm& p, Queue<Shape>& queue)
       : p_(p), queue_(queue), a_stride_(static_cast<uint32_t>(p.a_stride) * 2) {
-    begin_item();
+    begin_item<true>();
   }
 
   // Passes kFirst ... kLast - 1 of the next step (or of the item's step `ahead` from there): first
@@ -47,13 +47,23 @@ class Copier {
     if (k_ - vector() * kVector >= static_cast<int>(p_.k)) begin_item();
   }
 
+  // Until an item's rows of `a` are written, where the first product may still be at it.
+  __device__ void wait_for_rows(const Item& item) const {
+    if (p_.is_second && p_.row_tiles.progress) {
+      ptx::wait_for_count(p_.row_tiles.progress + item.row_begin,
+                          item.row_count > 0 ? static_cast<int>(p_.k) : 0);
+    }
+  }
+
  private:
   __device__ static int vector() { return threadIdx.x % Shape::kVectors; }
   __device__ static int line() { return threadIdx.x / Shape::kVectors; }
 
   // Past the last item comes one of no rows.
+  template <bool kFirst = false>
   __device__ void begin_item() {
     const Item item = queue_[begun_];
+    if constexpr (!kFirst) wait_for_rows(item);
     queue_.begin(begun_++);
     k_ = vector() * kVector;
     a_ = static_cast<const char*>(p_.a) + k_ * 2;

@@ -22,18 +22,19 @@ __device__ __forceinline__ float load_float(const Floats& floats, int64_t index)
 }
 
 constexpr int kVector = 8;  // values a thread handles at once
+template <typename T>
+struct alignas(16) Vector {
+  T values[kVector];
+};
 
 // row[i] = values[i] for i < count.
 template <typename T>
 __device__ __forceinline__ void store_vector(T* row, int count, bool aligned,
                                              const float (&values)[kVector]) {
   if (aligned && count == kVector) {
-    constexpr int kPerAccess = 16 / sizeof(T);
-    for (int i = 0; i < kVector; i += kPerAccess) {
-      alignas(16) T rounded[kPerAccess];
-      for (int j = 0; j < kPerAccess; ++j) rounded[j] = ptx::from_float<T>(values[i + j]);
-      *reinterpret_cast<uint4*>(row + i) = *reinterpret_cast<const uint4*>(rounded);
-    }
+    Vector<T> rounded;
+    for (int i = 0; i < kVector; ++i) rounded.values[i] = ptx::from_float<T>(values[i]);
+    *reinterpret_cast<Vector<T>*>(row) = rounded;
   } else {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {

@@ -1,4 +1,5 @@
 // grouped_gemm and grouped_gemv: which kernel.
+#include "cuda_check.h"
 #include "device.h"
 #include "primitives.h"
 #include "shapes.h"
@@ -41,11 +42,17 @@ void grouped_gemm(const GroupedGemm& p, cudaStream_t stream) {
   if (p.rows == 0 || p.n == 0) return;
   if (p.zero_other_rows) zero_other_rows(p, stream);
   if (is_whole_vectors(p)) {
-    p.dtype == DType::kFloat16 ? launch_sm80<f16>(p, stream) : launch_sm80<bf16>(p, stream);
-  } else if (p.dtype == DType::kFloat32) {
+    return p.dtype == DType::kFloat16 ? launch_sm80<f16>(p, stream) : launch_sm80<bf16>(p, stream);
+  }
+  if (p.dtype == DType::kFloat32) {
     launch_any<float>(p, stream);
   } else {
     p.dtype == DType::kFloat16 ? launch_any<f16>(p, stream) : launch_any<bf16>(p, stream);
+  }
+  // These kernels don't count their columns: all are there when they have ended.
+  if (p.row_tiles.progress && !p.is_second) {
+    cuda_check(cudaMemsetAsync(p.row_tiles.progress, 0x7F, sizeof(int32_t) * p.rows, stream),
+               "cudaMemsetAsync");
   }
 }
 

@@ -13,6 +13,11 @@
 //     read it, and wait for the one before: so theirs is the slot that is refilled in the step
 //     after. One step's product is always under way when the barrier comes.
 //
+// A layer's second product needn't wait for the end of the first: where there are several items a
+// block, it waits for its row tile alone. The first counts each tile's columns that it has written
+// (publish), an item later, so that it never waits for its own stores. All of its blocks run by the
+// time that the second's start, so what these wait for comes.
+//
 // Every accumulator adds its products in ascending k, 16 at a time, in every shape: the bits don't
 // depend on the shape chosen, nor on which of the two (which is measured, not promised by NVIDIA).
 //
@@ -29,9 +34,14 @@
 namespace simple_moe::cuda {
 
 template <typename Product>
-__device__ __forceinline__ void multiply_items(const GroupedGemm& p, const Divisor& column_tiles) {
+__global__ void __launch_bounds__(Product::Shape::kThreads, Product::Shape::kBlocks)
+    grouped_gemm_kernel(const GroupedGemm p, const Divisor column_tiles) {
   using Shape = typename Product::Shape;
-  if (!p.only_a_is_new) ptx::wait_for_earlier_kernels();
+#ifdef __CUDA_ARCH__
+  // The compiler's time is not spent where this is never launched.
+  if constexpr (Shape::kBytes > most_smem(__CUDA_ARCH__ / 10)) return;
+#endif
+  if (!p.is_second) ptx::wait_for_earlier_kernels();
   unsigned char* const smem = ptx::dynamic_smem();
   const uint32_t ring = ptx::keep(ptx::smem_address(smem));
   const int steps = static_cast<int>((p.k + Shape::kDepth - 1) / Shape::kDepth);
@@ -41,12 +51,13 @@ __device__ __forceinline__ void multiply_items(const GroupedGemm& p, const Divis
   // Weights that are copied first: as many as there is time for until `a` has been written, or its
   // rows are found; more would only stand before them in memory's queue. None where the prologue
   // copies more than the first item.
-  const int steps_first = steps < Shape::kStages ? 0 : p.only_a_is_new ? Shape::kAhead : 2;
+  const int steps_first = steps < Shape::kStages ? 0 : p.is_second ? Shape::kAhead : 2;
 #pragma unroll 1
   for (int step = 0; step < steps_first; ++step) {
     copier.template copy<Shape::kPassesA, copier.kPasses>(ring + step * Shape::kSlotBytes, step);
   }
-  if (p.only_a_is_new) ptx::wait_for_earlier_kernels();
+  if (p.is_second && !p.row_tiles.progress) ptx::wait_for_earlier_kernels();
+  copier.wait_for_rows(queue[0]);
   ptx::let_next_kernel_start();
 #pragma unroll 1
   for (int step = 0; step < Shape::kAhead; ++step) {
@@ -59,14 +70,17 @@ __device__ __forceinline__ void multiply_items(const GroupedGemm& p, const Divis
   meet<Shape>();
 
   Cursor<Shape> cursor(ring);
+  unsigned number = 0;
 #pragma unroll 1
-  for (unsigned number = 0;; ++number) {
+  for (;; ++number) {
     const Item item = queue[number];
     if (item.row_count == 0) break;
     const int live = Product::live(item);
     if (live > 0) {
       Product product;
       product.multiply_item(steps, live, copier, cursor);
+      // The one before: its stores have long ended, and nobody waits for them.
+      if (number > 0) publish(p, queue[number - 1], Shape::kCols);
       const auto target = product.target_of(p, item, 0);
       product.settle();
       const uint32_t staged_at = Shape::kWgmma ? cursor.free - ring : Shape::kStagedAt;
@@ -81,16 +95,10 @@ __device__ __forceinline__ void multiply_items(const GroupedGemm& p, const Divis
     }
     if constexpr (Shape::kWgmma) __syncthreads();  // The slot of the staged sums is filled next.
   }
-}
-
-template <typename Product>
-__global__ void __launch_bounds__(Product::Shape::kThreads, Product::Shape::kBlocks)
-    grouped_gemm_kernel(const GroupedGemm p, const Divisor column_tiles) {
-#ifdef __CUDA_ARCH__
-  // The compiler's time is not spent where this is never launched.
-  if constexpr (Product::Shape::kBytes > most_smem(__CUDA_ARCH__ / 10)) return;
-#endif
-  multiply_items<Product>(p, column_tiles);
+  __syncthreads();  // All have written the last item.
+  if (number > 0) publish(p, queue[number - 1], Shape::kCols);
+  // Whoever waits for this kernel waits for the first product's end too.
+  if (p.is_second) ptx::wait_for_earlier_kernels();
 }
 
 template <typename Product>

@@ -24,14 +24,12 @@ struct ExpertRows {
 };
 
 // Offsets are clamped to [0, rows] and made monotonic by a running maximum.
-__device__ __forceinline__ ExpertRows rows_of(const GroupedGemmWgrad& p, int64_t expert,
-                                              int* warp_totals) {
+__device__ __forceinline__ ExpertRows rows_of(const GroupedGemmWgrad& p, int64_t expert) {
   int upto = 0;  // the running maximum before the expert
-  for (int64_t e = threadIdx.x; e <= expert; e += kMmaThreads) {
+  for (int64_t e = threadIdx.x % 32; e <= expert; e += 32) {
     upto = Max()(upto, clamped_offset(p.expert_offsets, e, p.rows));
   }
-  int begin;
-  block_scan(upto, Max(), warp_totals, begin);
+  const int begin = warp_reduce(upto, Max());
   const int count = clamped_offset(p.expert_offsets, expert + 1, p.rows) - begin;
   return {begin, count < 0 ? 0 : count};
 }
@@ -54,14 +52,13 @@ __global__ void __launch_bounds__(kMmaThreads)
                               bool b_aligned, bool out_aligned) {
   using Shape = WgradShape<T>;
   unsigned char* const smem = ptx::dynamic_smem();
-  int* const warp_totals = reinterpret_cast<int*>(smem + Shape::kBytes);
   const int64_t m_tiles = (p.m + Shape::kRows - 1) / Shape::kRows;
   const int64_t n_tiles = (p.n + Shape::kCols - 1) / Shape::kCols;
   for (int64_t number = blockIdx.x; number < p.experts * m_tiles * n_tiles; number += gridDim.x) {
     const int64_t expert = number / (m_tiles * n_tiles);
     const int64_t m = number % (m_tiles * n_tiles) / n_tiles * Shape::kRows;
     const int64_t n = number % n_tiles * Shape::kCols;
-    const ExpertRows rows = rows_of(p, expert, warp_totals);
+    const ExpertRows rows = rows_of(p, expert);
     MmaTile<Shape> product;
     product.multiply(operand<T>(p.a, p.a_stride, p.m, m, rows, a_aligned),
                      operand<T>(p.b, p.b_stride, p.n, n, rows, b_aligned), rows.count, smem);
@@ -88,9 +85,8 @@ void grouped_gemm_wgrad(const GroupedGemmWgrad& p, cudaStream_t stream) {
     const int64_t tiles = ceil_div(p.m, Shape::kRows) * ceil_div(p.n, Shape::kCols) * p.experts;
     const int64_t resident = 2 * device_info().sm_count;
     launch(grouped_gemm_wgrad_kernel<T>, tiles < resident ? tiles : resident, kMmaThreads,
-           Shape::kBytes + 32 * sizeof(int), stream, p, out,
-           rows_are_aligned(p.a, p.a_stride, p.dtype), rows_are_aligned(p.b, p.b_stride, p.dtype),
-           rows_are_aligned(p.out, p.n, p.out_dtype));
+           Shape::kBytes, stream, p, out, rows_are_aligned(p.a, p.a_stride, p.dtype),
+           rows_are_aligned(p.b, p.b_stride, p.dtype), rows_are_aligned(p.out, p.n, p.out_dtype));
   });
 }
 

@@ -11,6 +11,7 @@
 // a thread, 128 KB a multiprocessor.
 //
 // The order of a sum depends on the sizes alone, but it isn't grouped_gemm's.
+#include "block_scan.cuh"
 #include "epilogue.cuh"
 #include "launch.h"
 #include "primitives.h"
@@ -20,11 +21,6 @@ namespace simple_moe::cuda {
 namespace {
 
 constexpr int kLoads = 8;
-
-template <typename T>
-struct alignas(16) Vector {
-  T values[kVector];
-};
 
 struct Slot {
   int expert;  // as those held here are numbered; -1: it isn't
@@ -36,10 +32,10 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
     grouped_gemv_kernel(const GroupedGemm p, const Divisor vectors) {
   constexpr int kRows = kGated ? 2 * kColumns : kColumns;  // of weights, a block
   constexpr int kAtOnce = kLoads / kRows;                  // vectors of each, a thread
-  if (!p.only_a_is_new) ptx::follow_earlier_kernels();
+  if (!p.is_second) ptx::follow_earlier_kernels();
   const int blocks_of_row = static_cast<int>(p.n / kColumns), out_row = blockIdx.x / blocks_of_row;
   const int first_column = blockIdx.x % blocks_of_row * kColumns;
-  const int slots = p.adds_slots ? p.topk : 1, first_slot = out_row * slots;
+  const int slots = p.is_second ? p.topk : 1, first_slot = out_row * slots;
   float* const of_warps = reinterpret_cast<float*>(ptx::dynamic_smem());  // [warps][kRows]
   Slot* const table = reinterpret_cast<Slot*>(of_warps + blockDim.x / 32 * kRows);
   for (int i = threadIdx.x; i < slots; i += blockDim.x) {
@@ -57,7 +53,7 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
   const bool alternate = kGated && p.gate_layout == GateLayout::kInterleaved;
   const uint32_t row_bytes = static_cast<uint32_t>(p.b_row_stride * 2) << alternate;
   const T* const a =
-      static_cast<const T*>(p.a) + (p.adds_slots ? first_slot : out_row / p.topk) * p.a_stride;
+      static_cast<const T*>(p.a) + (p.is_second ? first_slot : out_row / p.topk) * p.a_stride;
   float sums[kRows] = {};
 #pragma unroll 1
   for (int first = 0, all = slots * vectors.value; first < all; first += kAtOnce * blockDim.x) {
@@ -80,7 +76,7 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
         if (slot[i].expert >= 0) weights[i][j] = ptx::load_once<Vector<T>>(from);
       }
     }
-    if (first == 0 && p.only_a_is_new) ptx::follow_earlier_kernels();
+    if (first == 0 && p.is_second) ptx::follow_earlier_kernels();
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (slot[i].expert < 0) continue;  // Its row of `a` may be NaN.
@@ -99,10 +95,7 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
 
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      sums[j] += __shfl_xor_sync(0xffffffffu, sums[j], distance);
-    }
+    sums[j] = warp_reduce(sums[j], Sum());
     if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32 * kRows + j] = sums[j];
   }
   __syncthreads();  // the warps' sums are there
@@ -130,7 +123,7 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
 template <typename T>
 void launch_gemv(const GroupedGemm& p, cudaStream_t stream) {
   const bool gated = is_gated(p.activation.kind);
-  const int64_t out_rows = p.adds_slots ? p.rows / p.topk : p.rows, vectors = p.k / kVector;
+  const int64_t out_rows = p.is_second ? p.rows / p.topk : p.rows, vectors = p.k / kVector;
   const GemvTile tile =
       choose_gemv_tile(out_rows, p.n, p.rows / out_rows * vectors, gated, device_info());
   launch<Start::kEarly>(gated            ? grouped_gemv_kernel<T, 4, true>

@@ -49,6 +49,14 @@ class Items {
   unsigned count_;
 };
 
+// A tile of so many lines is written, and all threads have met since: what a layer's second product
+// waits for, if this is the first.
+__device__ __forceinline__ void publish(const GroupedGemm& p, const Item& item, int lines) {
+  if (threadIdx.x != 0 || p.is_second || !p.row_tiles.progress) return;
+  ptx::add_release(p.row_tiles.progress + item.row_begin,
+                   is_gated(p.activation.kind) ? lines / 2 : lines);
+}
+
 // A block's items for a kernel that copies ahead of its products: a queue in shared memory, filled
 // by thread 0. The first few fall to every block alike; after that a block claims the next item
 // whenever it begins one. So the items in the making stay neighbours, and share what they read from
@@ -83,7 +91,7 @@ class ItemQueue {
     next_ = claimed_ + kGiven * gridDim.x;
     // In this order: the other way round the compiler moves what was looked up to other registers,
     // as it does if nothing is asked before a claim. Past the last item there is nothing to claim.
-    if (items_.has(next_)) claimed_ = atomicAdd(&p_.row_tiles.head->claimed[p_.claimant], 1u);
+    if (items_.has(next_)) claimed_ = atomicAdd(&p_.row_tiles.head->claimed[p_.is_second], 1u);
     looked_ = items_.look(next_);
   }
 

@@ -56,21 +56,6 @@ __device__ __forceinline__ float to_float(f16 x) {
   return y;
 }
 
-template <typename T>
-__device__ __forceinline__ T from_float(float x) {
-  if constexpr (std::is_same_v<T, float>) {
-    return x;
-  } else {
-    uint16_t y;
-    if constexpr (std::is_same_v<T, bf16>) {
-      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    } else {
-      asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    }
-    return {y};
-  }
-}
-
 // Two of them in a word, the first in its low half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -81,6 +66,15 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   }
   return y;
+}
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    return {static_cast<uint16_t>(pack<T>(x, 0.0f))};
+  }
 }
 
 // ---- cp.async: global -> shared without registers ----
@@ -245,6 +239,20 @@ __device__ __forceinline__ void let_next_kernel_start() {
 __device__ __forceinline__ void follow_earlier_kernels() {
   wait_for_earlier_kernels();
   let_next_kernel_start();
+}
+
+// ---- between blocks that run at the same time ----
+
+// Adds to a count that others wait for.
+__device__ __forceinline__ void add_release(int32_t* count, int32_t value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(count), "r"(value) : "memory");
+}
+// Until it is at least that. What was written before the additions is seen then. A call, for a loop
+// within the caller's loops would cost them their uniform registers.
+static __device__ __noinline__ void wait_for_count(const int32_t* count, int32_t least) {
+  for (int32_t now = 0; now < least;) {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(count) : "memory");
+  }
 }
 
 }  // namespace ptx

@@ -22,6 +22,7 @@ __device__ __forceinline__ void write_row_tiles(const RowTiles& tiles, int exper
     const int in_group = count - first < most ? count - first : most;
     const int left = rows - first * tiles.height, all = in_group * tiles.height;
     for (int place = 0; place < in_group; ++place) {
+      if (tiles.progress) tiles.progress[begin + (first + place) * tiles.height] = 0;
       to[first + place] = {expert, begin + first * tiles.height, left < all ? left : all,
                            static_cast<uint16_t>(place), static_cast<uint16_t>(in_group)};
     }

@@ -119,6 +119,11 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns,
   // A sweep over the columns takes all of an expert's tiles, which share its weights, or so many
   // that their rows and a column of each multiprocessor's stay in L2.
   tiles.group = 16;
+  // Where most blocks have one item of the second product there is nothing to overlap, and a count
+  // through L2 takes longer than the hardware's word.
+  tiles.overlap =
+      device.early_launch &&
+      most(tiles.height) * ceil_div(columns, narrowest(tiles.height)) >= 2 * device.sm_count;
   return tiles;
 }
 

@@ -17,7 +17,6 @@ namespace simple_moe::cuda {
 namespace {
 
 constexpr int kMaxWarps = 4;
-constexpr unsigned kAll = 0xffffffffu;
 // Keys below every number's.
 constexpr uint32_t kExcludedKey = 0, kNanKey = 1;
 
@@ -39,15 +38,6 @@ __device__ __forceinline__ uint64_t rank_of(uint32_t key, int64_t id) {
   return static_cast<uint64_t>(key) << 32 | ~static_cast<uint32_t>(id);
 }
 
-// Of a value of each lane, in every lane.
-template <typename T, typename Op>
-__device__ __forceinline__ T reduce(T value, Op op) {
-  for (int distance = 16; distance > 0; distance /= 2) {
-    value = op(value, __shfl_xor_sync(kAll, value, distance));
-  }
-  return value;
-}
-
 // The largest rank below `limit` of keys[0 ... count), in every lane.
 __device__ uint64_t largest_below(uint64_t limit, const uint32_t* keys, int64_t count) {
   uint64_t best = 0;
@@ -55,7 +45,7 @@ __device__ uint64_t largest_below(uint64_t limit, const uint32_t* keys, int64_t 
     const uint64_t rank = rank_of(keys[i], i);
     if (rank < limit && rank > best) best = rank;
   }
-  return reduce(best, Max());
+  return warp_reduce(best, Max());
 }
 
 // One token's scores, from its logits.
@@ -71,12 +61,12 @@ class Scores {
       const float logit = ptx::to_float(logits_[e]);
       if (logit > largest_) largest_ = logit;
     }
-    largest_ = reduce(largest_, Max());
+    largest_ = warp_reduce(largest_, Max());
     for (int64_t e = lane; e < p.experts; e += 32) {
       const float term = expf(ptx::to_float(logits_[e]) - largest_);
       if (term == term) sum_ += term;
     }
-    sum_ = reduce(sum_, Sum());
+    sum_ = warp_reduce(sum_, Sum());
   }
 
   __device__ float operator()(int64_t expert) const {
@@ -100,8 +90,8 @@ __device__ float group_score(const uint32_t* keys, int64_t size) {
     best = fmaxf(best, value);
   }
   for (int distance = 16; distance > 0; distance /= 2) {
-    const float other_best = __shfl_xor_sync(kAll, best, distance);
-    const float other_second = __shfl_xor_sync(kAll, second, distance);
+    const float other_best = __shfl_xor_sync(0xffffffffu, best, distance);
+    const float other_second = __shfl_xor_sync(0xffffffffu, second, distance);
     second = fmaxf(fminf(best, other_best), fmaxf(second, other_second));
     best = fmaxf(best, other_best);
   }
@@ -176,12 +166,9 @@ bool topk_route_needs_keys(const TopkRoute& p) {
 }
 
 void topk_route(const TopkRoute& p, cudaStream_t stream) {
-  int64_t warps = kMaxWarps;
-  if (!p.keys) {
-    // Several blocks are to fit on one SM.
-    const int64_t fit = static_cast<int64_t>(device_info().smem_per_block / 4 / smem_of_warp(p));
-    warps = std::clamp<int64_t>(fit, 1, kMaxWarps);
-  }
+  // Several blocks are to fit on one SM.
+  const int64_t fit = static_cast<int64_t>(device_info().smem_per_block / 4 / smem_of_warp(p));
+  const int64_t warps = p.keys ? kMaxWarps : std::clamp<int64_t>(fit, 1, kMaxWarps);
   const size_t smem = p.keys ? 0 : smem_of_warp(p) * static_cast<size_t>(warps);
   with_type(p.dtype, [&](auto type) {
     launch(topk_route_kernel<decltype(type)>, (p.tokens + warps - 1) / warps,

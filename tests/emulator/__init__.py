@@ -238,10 +238,11 @@ class Emulator:
                      out_rows=None, activation="identity", gate_layout="gate_up",
                      alpha=None, beta=None, limit=None, row_weights=None, out_dtype=None,
                      out_padding=0, zero_other_rows=True, columns=None, topk_ids=None, topk=1,
-                     expert_offset=0, adds_slots=False, sm90=False, **machine):  # fmt: skip
+                     expert_offset=0, is_second=False, progress=None, sm90=False, **machine):  # fmt: skip
         """alpha, beta, limit: tensors, one value per expert. `out_padding`: elements between rows.
         `columns`: of the layer, for which the row tiles are planned. `topk_ids`: in the place of
-        expert_offsets, for grouped_gemv."""
+        expert_offsets, for grouped_gemv. `progress`: True for a first product that is to return its
+        own too, the tensor for a second one."""
         experts, n, k = b.shape
         entry = reference.ACTIVATIONS[activation]
         n //= 2 if entry.gated else 1
@@ -255,12 +256,17 @@ class Emulator:
                        activation=ACTIVATIONS.index(activation),
                        gate_layout=GATE_LAYOUTS.index(gate_layout), out_stride=n + out_padding,
                        zero_other_rows=zero_other_rows, columns=columns or n, sm90=sm90,
-                       topk=topk, adds_slots=adds_slots, **_id_scalars(topk_ids, expert_offset),
+                       topk=topk, is_second=is_second, **_id_scalars(topk_ids, expert_offset),
                        **dict(alpha=0, beta=0, limit=0) | entry.defaults)  # fmt: skip
-        out_rows = rows // topk if adds_slots else rows
+        out_rows = rows // topk if is_second else rows
         out = torch.empty_strided((out_rows, n), (n + out_padding, 1), dtype=out_dtype or a.dtype)
+        outputs = dict(out=out)
+        if is_second:
+            inputs["progress"] = progress
+        elif progress:
+            outputs["progress"] = torch.empty(rows, dtype=torch.int32)
         operator = "grouped_gemm" if topk_ids is None else "grouped_gemv"
-        return self.run(operator, scalars, inputs, dict(out=out), **machine)
+        return self.run(operator, scalars, inputs, outputs, **machine)
 
     def grouped_gemv(self, a, b, topk_ids, **arguments):
         tokens, topk = topk_ids.shape

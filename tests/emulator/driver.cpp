@@ -159,6 +159,7 @@ GroupedGemm product(Request& r) {
   p.out = r.data("out");
   p.out_stride = r.scalar("out_stride");
   p.zero_other_rows = r.scalar("zero_other_rows");
+  p.is_second = r.scalar("is_second");
   return p;
 }
 
@@ -167,7 +168,10 @@ void grouped_gemm(Request& r) {
   if (p.rows > 0) {
     p.row_tiles = cuda::plan_row_tiles(p.rows, p.experts, r.scalar("columns"), device);
     p.row_tiles.head = reinterpret_cast<RowTilesHead*>(r.scratch<int32_t>(p.row_tiles.bytes() / 4));
+    // Cleared for the first product; the second finds what that one left there.
+    if (!p.is_second) p.row_tiles.progress = r.data<int32_t>("progress");
     cuda::row_tiles(p, nullptr);
+    p.row_tiles.progress = r.data<int32_t>("progress");
   }
   r.scalar("sm90") ? cuda::grouped_gemm_sm90(p, nullptr) : cuda::grouped_gemm(p, nullptr);
 }
@@ -176,7 +180,6 @@ void grouped_gemv(Request& r) {
   GroupedGemm p = product(r);
   p.ids = topk_ids(r);
   p.topk = r.scalar("topk");
-  p.adds_slots = r.scalar("adds_slots");
   cuda::grouped_gemv(p, nullptr);
 }
 
