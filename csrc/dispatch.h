@@ -24,7 +24,7 @@ class Place {
   Stream stream() const { return stream_; }  // The current one.
 
   // Scratch that the CPU needs none of. Row tiles have height 0 there.
-  RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns) const;
+  RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns, bool wgmma) const;
   bool topk_route_needs_keys(const TopkRoute& p) const;
   int64_t sort_by_expert_counts(int64_t slots, int64_t experts) const;
 

@@ -124,12 +124,14 @@ class Arrays {
 
 // What the work on a chunk takes. `routing`: what the sort makes for the products, if there is one.
 struct Workspace {
-  Workspace(const Place& place, const Layer& layer, int64_t tokens, bool sorted) : sorted(sorted) {
+  Workspace(const Place& place, const Backend& backend, const Layer& layer, int64_t tokens,
+            bool sorted)
+      : sorted(sorted) {
     const int64_t slots = tokens * layer.topk, element = element_size(layer.dtype);
     h1_at = rows.add(element * slots * layer.intermediate);
     if (!sorted) return;
     const int64_t columns = layer.hidden < layer.intermediate ? layer.hidden : layer.intermediate;
-    tiles = place.plan_row_tiles(slots, layer.experts, columns);
+    tiles = place.plan_row_tiles(slots, layer.experts, columns, backend.wgmma);
     tiles_at = routing.add(tiles.bytes());
     sorted_slots_at = routing.add(4 * slots);
     source_rows_at = routing.add(4 * slots);
@@ -255,11 +257,11 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
   // grouped_gemv adds in an order of its own.
   const bool sorted = a.batch_invariant || !backend.leaves_few_tokens_to_grouped_gemv ||
                       !place.grouped_gemv_suits(in.first) || !place.grouped_gemv_suits(in.second);
-  Workspace workspace(place, layer, layer.tokens, sorted);
+  Workspace workspace(place, backend, layer, layer.tokens, sorted);
   const int64_t chunks =
       apart ? (workspace.rows.bytes() + workspace.routing.bytes() + kMost - 1) / kMost : 1;
   const int64_t step = (layer.tokens + chunks - 1) / chunks;
-  if (step < layer.tokens) workspace = Workspace(place, layer, step, sorted);
+  if (step < layer.tokens) workspace = Workspace(place, backend, layer, step, sorted);
 
   // The routing lies in the chunk's rows of `out` where even the last chunk has room for it.
   const int64_t rows_bytes = workspace.rows.bytes();

@@ -28,8 +28,8 @@ void describe(std::ostream& text, int64_t out_rows, int64_t vectors, const Produ
 
 }  // namespace
 
-RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns) {
-  return plan_row_tiles(rows, experts, columns, device_info());
+RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns, bool wgmma) {
+  return plan_row_tiles(rows, experts, columns, wgmma, device_info());
 }
 
 }  // namespace simple_moe::cuda
@@ -60,7 +60,7 @@ extern "C" __attribute__((visibility("default"))) const char* simple_moe_plan(
     describe(text, tokens, topk * intermediate / 8, second, device);
   } else {
     const int64_t columns = hidden < intermediate ? hidden : intermediate;
-    const RowTiles tiles = plan_row_tiles(slots, experts, columns, device);
+    const RowTiles tiles = plan_row_tiles(slots, experts, columns, false, device);
     describe(text, tiles, first, device);
     text << ", ";
     describe(text, tiles, second, device);

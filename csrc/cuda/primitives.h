@@ -13,8 +13,8 @@ bool topk_route_needs_keys(const TopkRoute& p);
 int64_t sort_by_expert_counts(int64_t slots, int64_t experts);
 
 // The row tiles that are best for products of so many rows, the least of whose columns are
-// `columns`; all but the data, an array of one more than `most`.
-RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns);
+// `columns`, by wgmma or not; all but the data, an array of one more than `most`.
+RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns, bool wgmma);
 
 void topk_route(const TopkRoute& p, cudaStream_t stream);
 void sort_by_expert(const SortByExpert& p, cudaStream_t stream);

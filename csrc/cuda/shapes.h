@@ -38,13 +38,13 @@ struct GemmTile {
 
 // Of one height the best first, where it fits and there is enough to do.
 inline constexpr GemmTile kShapes[] = {
-    {192, 192, 64, 4, 2, 4, 1}, {192, 128, 64, 5, 2, 4, 1}, {128, 256, 64, 3, 2, 4, 1},
-    {128, 128, 32, 4, 2, 2, 2}, {64, 128, 64, 3, 2, 2, 2},  {32, 128, 64, 4, 1, 4, 2},
-    {32, 64, 64, 5, 1, 4, 3},   {16, 128, 64, 5, 1, 4, 2},  {16, 64, 64, 20, 1, 4, 1},
-    {16, 64, 64, 10, 1, 4, 2},  {16, 64, 64, 6, 1, 4, 3},
+    {160, 256, 64, 3, 2, 4, 1}, {160, 128, 64, 5, 2, 4, 1}, {128, 256, 64, 3, 2, 4, 1},
+    {128, 128, 32, 4, 2, 2, 2}, {96, 256, 64, 4, 2, 4, 1},  {64, 128, 64, 4, 1, 4, 2},
+    {64, 128, 64, 3, 2, 2, 2},  {32, 128, 64, 4, 1, 4, 2},  {32, 64, 64, 5, 1, 4, 3},
+    {16, 128, 64, 5, 1, 4, 2},  {16, 64, 64, 20, 1, 4, 1},  {16, 64, 64, 10, 1, 4, 2},
+    {16, 64, 64, 6, 1, 4, 3},
 };
 inline constexpr int kShapeCount = sizeof(kShapes) / sizeof(GemmTile);
-inline constexpr int kHighest = 0;
 
 // What of a product the choice depends on.
 struct ProductSize {
@@ -98,21 +98,32 @@ inline int narrowest(int height) {
   return cols;
 }
 
+// Whether a tile of that height fits.
+inline bool fits(int height, const DeviceInfo& device) {
+  for (const GemmTile& tile : kShapes) {
+    if (tile.rows == height && resident_blocks(tile, device) > 0) return true;
+  }
+  return false;
+}
+
 // The height for a layer's products, the least of whose columns are `columns`; the sweeps over
-// them.
-inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns,
+// them. `wgmma`: for the sm90 backend, whose tiles have 64 rows a warpgroup.
+inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns, bool wgmma,
                                const DeviceInfo& device) {
   const int64_t active = active_experts(rows, experts), mean = mean_rows(rows, experts);
   RowTiles tiles;
   const auto most = [&](int height) { return rows / height + active; };
   // So much higher than the mean that most experts need one tile, as long as padding is cheap.
   tiles.height = mean <= 12 ? 16 : mean <= 24 ? 32 : mean <= 48 ? 64 : 128;
-  const bool fits = resident_blocks(kShapes[kHighest], device) > 0;
-  if (mean > 96 && mean <= 192 && fits) tiles.height = kShapes[kHighest].rows;
+  if (wgmma) {
+    if (mean > 96 && mean <= 192) tiles.height = 192;
+  } else if (const int height = mean <= 80 ? 96 : 160; mean > 48 && fits(height, device)) {
+    tiles.height = height;
+  }
   // Lower ones where there would be too few for the multiprocessors.
   while (tiles.height > 16 &&
          most(tiles.height) * ceil_div(columns, narrowest(tiles.height)) < device.sm_count) {
-    tiles.height = tiles.height > 128 ? 128 : tiles.height / 2;
+    tiles.height = tiles.height > 128 ? 128 : tiles.height > 64 ? 64 : tiles.height / 2;
   }
   // No host knows the routing: every expert may end with a tile of its own.
   tiles.most = static_cast<int>(most(tiles.height));
@@ -146,12 +157,14 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
   if (tile.rows == 16) return items >= 2 * blocks || (tile.cols == least && items <= blocks);
   if (tile.cols == least) return true;
   // The highest tiles go over the GPU in few rounds, and the last may leave most of it idle: what
-  // counts is the rounds times what one takes, for which its rows count as 64 columns.
+  // counts is the rounds times what one takes, for which its rows count as 64 columns. A single
+  // round has nothing to hide its start and end behind, and counts as two.
   const auto time = [&](int cols) {
     const int64_t tiles_of_expert = ceil_div(mean_rows(size.rows, size.experts), tile.rows);
     const int64_t expected = active_experts(size.rows, size.experts) * tiles_of_expert *
                              column_tiles(size.n, size.gated, cols);
-    return ceil_div(expected, device.sm_count) * (cols + 64);
+    const int64_t rounds = ceil_div(expected, device.sm_count);
+    return (rounds < 2 ? 2 : rounds) * (cols + 64);
   };
   if (tile.rows > 128) return time(tile.cols) <= time(least);
   return items >= device.sm_count;

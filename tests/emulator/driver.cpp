@@ -166,7 +166,8 @@ GroupedGemm product(Request& r) {
 void grouped_gemm(Request& r) {
   GroupedGemm p = product(r);
   if (p.rows > 0) {
-    p.row_tiles = cuda::plan_row_tiles(p.rows, p.experts, r.scalar("columns"), device);
+    p.row_tiles =
+        cuda::plan_row_tiles(p.rows, p.experts, r.scalar("columns"), r.scalar("sm90"), device);
     p.row_tiles.head = reinterpret_cast<RowTilesHead*>(r.scratch<int32_t>(p.row_tiles.bytes() / 4));
     // Cleared for the first product; the second finds what that one left there.
     if (!p.is_second) p.row_tiles.progress = r.data<int32_t>("progress");
