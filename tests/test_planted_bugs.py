@@ -117,7 +117,14 @@ PLANTED = {
         SUMS, "column / 8 % 2 * kOddAt + column / 16 * 8", "column / 8 * 8",
         properties.test_grouped_gemm_activation),
     "staged rows overwritten": (
-        SUMS, "floats);\n      }\n      __syncwarp();\n", "floats);\n      }\n", whole_vectors),
+        SUMS, "floats);\n      __syncwarp();\n      target", "floats);\n      target", whole_vectors),
+    "activations not waited for": (
+        SUMS, "__syncwarp();  // The activations are there.", "",
+        properties.test_grouped_gemm_activation),
+    "ups in the place of gates": (
+        SUMS, "activate_gated<4>(p.activation.kind, scalars, values, ups)",
+        "activate_gated<4>(p.activation.kind, scalars, ups, values)",
+        properties.test_grouped_gemm_activation),
     "logit one too far": (
         ROUTE, "e < p.experts; e += 32) {\n    keys[e]", "e <= p.experts; e += 32) {\n    keys[e]",
         properties.test_topk_route),

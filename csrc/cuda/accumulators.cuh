@@ -41,9 +41,9 @@ class Accumulators {
   }
 
   // Bias, activation, routing weight, rounding: a few rows at a time through `staged`, this warp's
-  // own, so that a thread gets 8 neighbouring columns and the code of the activations stands once.
-  // But with wgmma, whose tiles end more often, the two that most layers have stand apart: telling
-  // the others apart takes longer than they do. `target`: target_of the first piece.
+  // own, so that a thread gets 8 neighbouring columns. SwiGLU is made of them on the way; any other
+  // activation, as a bias, has a pass of its own over what is staged, value by value: 8 at a time
+  // their code would be a quarter of a kernel. `target`: target_of the first piece.
   __device__ void finish(const GroupedGemm& p, const Item& item, unsigned char* staged,
                          Target target) const {
     float* const floats = reinterpret_cast<float*>(staged);
@@ -53,19 +53,14 @@ class Accumulators {
       const Target next = target_of(p, item, piece + 1);  // It has a piece's time to come.
       stage(piece, floats);
       __syncwarp();
-      if (p.bias.data) {
-        add_staged_bias(p, item, piece, floats);
-        __syncwarp();
+      if (p.bias.data) add_staged_bias(p, item, piece, floats);
+      const Activation kind = p.activation.kind;
+      if (kind != Activation::kSwiglu && kind != Activation::kIdentity) {
+        activate_staged(p, item, floats);
       }
-      if (Shape::kWgmma && p.activation.kind == Activation::kIdentity) {
-        store<false, true>(p, item, piece, target, floats);
-      } else if (Shape::kWgmma && p.activation.kind == Activation::kSwiglu) {
-        store<true, true>(p, item, piece, target, floats);
-      } else if (is_gated(p.activation.kind)) {
-        store<true, false>(p, item, piece, target, floats);
-      } else {
-        store<false, false>(p, item, piece, target, floats);
-      }
+      kind == Activation::kSwiglu ? store<true, true>(p, item, piece, target, floats)
+      : is_gated(kind)            ? store<true, false>(p, item, piece, target, floats)
+                                  : store<false, false>(p, item, piece, target, floats);
       __syncwarp();
       target = next;
     }
@@ -115,6 +110,25 @@ class Accumulators {
       float* const to = floats + column / 8 % 2 * kOddAt + column / 16 * 8 + column % 8;
       for (int row = 0; row < Shape::kStagedRows; ++row) to[row * Shape::kStagedPitch] += bias;
     }
+    __syncwarp();  // The bias is there.
+  }
+
+  // A lane four columns, or gates, in whose place the result goes.
+  __device__ static void activate_staged(const GroupedGemm& p, const Item& item, float* floats) {
+    constexpr int kFours = kStagedJ * Shape::kStagedRows;  // of the gates, if there are
+    const ActivationScalars scalars = scalars_of(p.activation, item.expert);
+    const bool gated = is_gated(p.activation.kind);
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < (gated ? kFours : 2 * kFours); i += 32) {
+      float* const at = floats + i % kFours / kStagedJ * Shape::kStagedPitch + i % kStagedJ * 4;
+      auto& four = *reinterpret_cast<Vector<float, 4>*>(at + i / kFours * kOddAt);
+      auto [values] = four;
+      auto [ups] = *reinterpret_cast<const Vector<float, 4>*>(at + kOddAt);
+      gated ? activate_gated<4>(p.activation.kind, scalars, values, ups)
+            : activate<4>(p.activation.kind, values);
+      four = {values[0], values[1], values[2], values[3]};
+    }
+    __syncwarp();  // The activations are there.
   }
 
   __device__ static int column_of_piece(int piece) {
@@ -126,9 +140,9 @@ class Accumulators {
     return row(first / 16) + first % 16;
   }
 
-  // The staged rows of a piece, some at once, a lane a vector. `target` is that of row lane %
-  // kStagedRows. kCommon: the activation is kSwiglu or kIdentity.
-  template <bool kGated, bool kCommon>
+  // The staged rows of a piece, some at once, a lane a vector: all columns, or those of the gates,
+  // by way of kSwiglu. `target` is that of row lane % kStagedRows.
+  template <bool kGated, bool kSwiglu>
   __device__ static void store(const GroupedGemm& p, const Item& item, int piece, Target target,
                                const float* floats) {
     constexpr int kVectors = kGated ? kStagedJ / 2 : kStagedJ;  // of a row
@@ -138,7 +152,7 @@ class Accumulators {
     const int column = line / (kGated ? 2 : 1) + vector * kVector;
     const bool there = lane < kAtOnce * kVectors && column < p.n;
     const int first = first_row(piece);
-#pragma unroll(kCommon ? 2 : 1)
+#pragma unroll(Shape::kWgmma ? 2 : 1)
     for (int row = lane / kVectors; row - lane / kVectors < Shape::kStagedRows; row += kAtOnce) {
       const int64_t to_row = __shfl_sync(0xffffffffu, target.row, row);
       const float weight = __shfl_sync(0xffffffffu, target.weight, row);
@@ -146,16 +160,9 @@ class Accumulators {
         const float* const from = floats + row * Shape::kStagedPitch;
         const int at = kGated ? vector * kVector : vector % 2 * kOddAt + vector / 2 * kVector;
         auto [values] = *reinterpret_cast<const Vector<float>*>(from + at);
-        if constexpr (kGated) {
-          auto [ups] = *reinterpret_cast<const Vector<float>*>(from + at + kOddAt);
-          if constexpr (kCommon) {
-            activate_gated<kVector>(Activation::kSwiglu, {}, values, ups);
-          } else {
-            activate_gated<kVector>(p.activation.kind, scalars_of(p.activation, item.expert),
-                                    values, ups);
-          }
-        } else if constexpr (!kCommon) {
-          activate<kVector>(p.activation.kind, values);
+        if constexpr (kSwiglu) {
+          const auto [ups] = *reinterpret_cast<const Vector<float>*>(from + at + kOddAt);
+          activate_gated<kVector>(Activation::kSwiglu, {}, values, ups);
         }
         *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to_row * p.out_stride + column) = {
             ptx::pack<T>(values[0] * weight, values[1] * weight),

@@ -21,10 +21,16 @@ __device__ __forceinline__ float with_bias(float product, const GroupedGemm& p, 
                                             : expert * p.n + column);
 }
 
+// One value. A call, so that the code of the activations stands once.
+static __device__ __noinline__ float activated(Activation kind, ActivationScalars scalars,
+                                               float gate, float up) {
+  is_gated(kind) ? activate_gated<1>(kind, scalars, &gate, &up) : activate<1>(kind, &gate);
+  return gate;
+}
+
 // Writes `rows` rows of one expert from `first_row` on, and `columns` columns from `first_column`
 // on: those there are. product(row, column, up) is a value of the tile.
-// All threads of the block share the work. 8 columns at a time in a rolled loop: the code of the
-// activations stands once.
+// All threads of the block share the work, 8 columns at a time.
 template <typename Product>
 __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert, int64_t first_row,
                                             int rows, int64_t first_column, int columns,
@@ -37,27 +43,22 @@ __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert
     const int64_t left = p.n - (first_column + j);
     if (left <= 0) continue;
     const int count = left < kVector ? static_cast<int>(left) : kVector;
-    float gate[kVector], up[kVector];
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      gate[i] = with_bias(product(row, j + i, false), p, expert, first_column + j + i, false);
-    }
-    if (is_gated(p.activation.kind)) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        up[i] = with_bias(product(row, j + i, true), p, expert, first_column + j + i, true);
-      }
-      activate_gated<kVector>(p.activation.kind, scalars, gate, up);
-    } else {
-      activate<kVector>(p.activation.kind, gate);
-    }
     const int64_t of_product = first_row + row;
     const int64_t out_row = p.out_rows ? p.out_rows[of_product] : of_product;
     const float weight = p.row_weights.data ? load_float(p.row_weights, of_product) : 1.0f;
+    const Activation kind = p.activation.kind;
+    float values[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) gate[i] *= weight;
+    for (int i = 0; i < kVector; ++i) {
+      const auto branch = [&](bool up) {
+        return with_bias(product(row, j + i, up), p, expert, first_column + j + i, up);
+      };
+      const float gate = branch(false), up = is_gated(kind) ? branch(true) : 0.0f;
+      values[i] = kind == Activation::kIdentity ? gate : activated(kind, scalars, gate, up);
+      values[i] *= weight;
+    }
     store_vector(p.out, p.out_dtype, out_row * p.out_stride + first_column + j, count, aligned,
-                 gate);
+                 values);
   }
 }
 

@@ -22,9 +22,9 @@ __device__ __forceinline__ float load_float(const Floats& floats, int64_t index)
 }
 
 constexpr int kVector = 8;  // values a thread handles at once
-template <typename T>
+template <typename T, int kCount = kVector>
 struct alignas(16) Vector {
-  T values[kVector];
+  T values[kCount];
 };
 
 // row[i] = values[i] for i < count.
