@@ -118,9 +118,6 @@ PLANTED = {
         properties.test_grouped_gemm_activation),
     "staged rows overwritten": (
         SUMS, "floats);\n      __syncwarp();\n      target", "floats);\n      target", whole_vectors),
-    "activations not waited for": (
-        SUMS, "__syncwarp();  // The activations are there.", "",
-        properties.test_grouped_gemm_activation),
     "ups in the place of gates": (
         SUMS, "activate_gated<4>(p.activation.kind, scalars, values, ups)",
         "activate_gated<4>(p.activation.kind, scalars, ups, values)",
