@@ -42,8 +42,8 @@ class Accumulators {
 
   // Bias, activation, routing weight, rounding: a few rows at a time through `staged`, this warp's
   // own, so that a thread gets 8 neighbouring columns. SwiGLU is made of them on the way; any other
-  // activation, as a bias, has a pass of its own over what is staged, value by value: 8 at a time
-  // their code would be a quarter of a kernel. `target`: target_of the first piece.
+  // activation, as a bias, has a pass of its own over what is staged, which is less code: in the
+  // loops of store() they would be a third of a kernel. `target`: target_of the first piece.
   __device__ void finish(const GroupedGemm& p, const Item& item, unsigned char* staged,
                          Target target) const {
     float* const floats = reinterpret_cast<float*>(staged);
