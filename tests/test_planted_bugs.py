@@ -1,5 +1,7 @@
 """What the properties of test_emulator.py are worth: with a bug planted in a kernel, they fail."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import test_emulator as properties
 from emulator import Emulator, EmulatorError, build
@@ -183,10 +185,20 @@ PLANTED = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def programs(request):
+    """Those with the bugs that this run wants: the next are compiled while one is tested."""
+    items = request.session.items
+    bugs = [item.callspec.params["bug"] for item in items if item.function is test_planted_bug]
+    with ThreadPoolExecutor(2) as pool:
+        yield {bug: pool.submit(build, {bug[0]: bug[1:3]}) for bug in map(PLANTED.get, bugs)}
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bug(bug):
-    file, old, new, test = PLANTED[bug]
-    emulator = Emulator(build({file: (old, new)}))
+def test_planted_bug(bug, programs):
+    *_, test = planted = PLANTED[bug]
+    emulator = Emulator(programs[planted].result())
     try:
         with pytest.raises((AssertionError, EmulatorError, pytest.fail.Exception)):
             test(emulator)
