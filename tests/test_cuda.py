@@ -292,6 +292,17 @@ def test_the_highest_tiles_are_planned(cols, sms):
     case_of_the_highest_tiles(cols, sms)
 
 
+@pytest.mark.skipif(not _library.build_info()["cuda_targets"], reason="needs a build with CUDA")
+def test_the_height_of_tiles_follows_the_rows_of_an_expert():
+    planned_rows = {
+        mean: planned(MoeCase(tokens=4 * mean, hidden=4096, intermediate=4096), 132)[0]
+        for mean in (8, 24, 40, 64, 100, 200, 256, 512, 1024)
+    }
+    assert planned_rows == {
+        8: 16, 24: 32, 40: 64, 64: 96, 100: 160, 200: 128, 256: 160, 512: 128, 1024: 160
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "misaligned", "transposed"])
 @pytest.mark.parametrize("cols", [128, 256])
 def test_the_highest_tiles(cols, layout, cuda):

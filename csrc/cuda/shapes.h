@@ -89,13 +89,13 @@ inline int64_t mean_rows(int64_t rows, int64_t experts) {
   return ceil_div(rows, active_experts(rows, experts));
 }
 
-// The fewest columns of a tile of that height.
+// The fewest columns of a tile of that height; the highest is wgmma's.
 inline int narrowest(int height) {
-  int cols = kShapes[0].cols;
+  int cols = 0;
   for (const GemmTile& tile : kShapes) {
-    if (tile.rows == height && tile.cols < cols) cols = tile.cols;
+    if (tile.rows == height && (cols == 0 || tile.cols < cols)) cols = tile.cols;
   }
-  return cols;
+  return cols > 0 ? cols : 192;
 }
 
 // Whether a tile of that height fits.
@@ -118,7 +118,11 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns, b
   if (wgmma) {
     if (mean > 96 && mean <= 192) tiles.height = 192;
   } else if (const int height = mean <= 80 ? 96 : 160; mean > 48 && fits(height, device)) {
-    tiles.height = height;
+    // Not where the last of an expert's few tiles would have few rows: it takes as long as with
+    // half of them.
+    const int64_t last = mean % height;
+    const bool few = height < mean && mean < 6 * height && 0 < last && last < 64;
+    if (!few) tiles.height = height;
   }
   // Lower ones where there would be too few for the multiprocessors.
   while (tiles.height > 16 &&
