@@ -20,12 +20,8 @@ void cublas_grouped_gemm(const GroupedGemm& p, cudaStream_t stream);
 
 namespace {
 
-const Backend kCpu{"auto",
-                   [](const GroupedGemm& p, Stream) { cpu::grouped_gemm(p); },
-                   [] { return true; },
-                   true,
-                   false,
-                   false};
+const Backend kCpu{"auto", [](const GroupedGemm& p, Stream) { cpu::grouped_gemm(p); },
+                   [] { return true; }, true};
 
 // One more backend is one more file and one more line here. The fastest first.
 const std::vector<Backend> kCudaBackends{
@@ -33,8 +29,8 @@ const std::vector<Backend> kCudaBackends{
 #ifdef SIMPLE_MOE_SM90
     {"sm90", cuda::grouped_gemm_sm90, [] { return cuda::has_sm90(); }, true, true, true},
 #endif
-    {"sm80", cuda::grouped_gemm, [] { return device_info().major >= 8; }, true, true, false},
-    {"cublas", cuda::cublas_grouped_gemm, [] { return true; }, false, false, false},
+    {"sm80", cuda::grouped_gemm, [] { return device_info().major >= 8; }, true, true},
+    {"cublas", cuda::cublas_grouped_gemm, [] { return true; }, false},
 #endif
 };
 

@@ -16,8 +16,8 @@ struct Backend {
   // batch_invariant=True ask for it.
   bool keeps_all_promises;
   // Whether few tokens may go by grouped_gemv in its place.
-  bool leaves_few_tokens_to_grouped_gemv;
-  bool wgmma;  // Whether its row tiles are to suit wgmma.
+  bool leaves_few_tokens_to_grouped_gemv = false;
+  bool wgmma = false;  // Whether its row tiles are to suit wgmma.
 };
 
 // "auto" or a name that this device and build have; anything else raises.

@@ -12,7 +12,7 @@ from moe_ops._library import build_info
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # A backend's line in csrc/backends.cpp: name, whether it runs here, whether it keeps all promises.
-BACKEND = re.compile(r'\{"(\w+)",\s+[\w:]+,\s+\[\] \{ return (.*?); \},\s+(true|false),')
+BACKEND = re.compile(r'\{"(\w+)",\s+[\w:]+,\s+\[\] \{ return (.*?); \},\s+(true|false)\b')
 
 
 def works(activation: str, dtype: torch.dtype, gate_layout: str, backward: bool) -> bool:
