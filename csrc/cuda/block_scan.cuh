@@ -1,4 +1,4 @@
-// Reductions over a warp, inclusive scans over a warp and over a block.
+// Reductions over a warp, inclusive sums over a warp and over a block.
 #pragma once
 
 #include "ptx.cuh"
@@ -28,29 +28,28 @@ __device__ __forceinline__ T warp_reduce(T value, Op op) {
   return value;
 }
 
-template <typename T, typename Op>
-__device__ __forceinline__ T warp_scan(T value, Op op) {
+template <typename T>
+__device__ __forceinline__ T warp_scan(T value) {
   for (int distance = 1; distance < 32; distance *= 2) {
     const T other = __shfl_up_sync(0xffffffffu, value, distance);
-    if (static_cast<int>(threadIdx.x % 32) >= distance) value = op(value, other);
+    if (static_cast<int>(threadIdx.x % 32) >= distance) value += other;
   }
   return value;
 }
 
-// For an `op` whose identity is 0 (non-negative values). All threads of the block must come;
-// `warp_totals`, one a warp, is shared memory that nobody else touches meanwhile. `total` gets the
-// scan of the whole block, in every thread.
-template <typename T, typename Op>
-__device__ __forceinline__ T block_scan(T value, Op op, T* warp_totals, T& total) {
+// All threads of the block must come; `warp_totals`, one a warp, is shared memory that nobody else
+// touches meanwhile. `total` gets the scan of the whole block, in every thread.
+template <typename T>
+__device__ __forceinline__ T block_scan(T value, T* warp_totals, T& total) {
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  value = warp_scan(value, op);
+  value = warp_scan(value);
   __syncthreads();  // the last scan's readers are done
   if (lane == 31) warp_totals[warp] = value;
   __syncthreads();
-  const T upto = warp_scan(lane < blockDim.x / 32 ? warp_totals[lane] : T{}, op);
+  const T upto = warp_scan(lane < blockDim.x / 32 ? warp_totals[lane] : T{});
   total = __shfl_sync(0xffffffffu, upto, 31);
   const T before = __shfl_sync(0xffffffffu, upto, warp - 1);
-  return warp == 0 ? value : op(before, value);
+  return warp == 0 ? value : before + value;
 }
 
 }  // namespace simple_moe

@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
         height > 0 && bin < p.ids.experts ? in_bin / height + (in_bin % height > 0) : 0;
     const int64_t both = tiles << 32 | in_bin;
     int64_t of_round;
-    const int64_t upto = before + block_scan(both, Sum(), totals, of_round) - both;
+    const int64_t upto = before + block_scan(both, totals, of_round) - both;
     const auto begin = static_cast<int32_t>(upto);
     if (bin < bins) {
       for (int i = 0; i < plan.chunks_of_block; ++i) places[i * bins + bin] += begin;

@@ -67,7 +67,7 @@ __global__ void scan_kernel(const int* x, int* out, int n) {
   const int i = threadIdx.x;
   int value = i < n ? x[i] : 0;
   int total;
-  value = block_scan(value, Sum(), warp_totals, total);
+  value = block_scan(value, warp_totals, total);
   if (i < n) out[i] = value;
 }
 
