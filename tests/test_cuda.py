@@ -14,7 +14,7 @@ import torch
 from helpers import DTYPES, TOLERANCE, assert_accurate, assert_same_bits, require_gradients
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from strategies import CombineCase, GemmCase, MoeCase, RouteCase
+from strategies import CombineCase, GemmCase, MoeCase, RouteCase, lay_out
 
 import moe_ops
 from moe_ops import _library, reference
@@ -319,6 +319,28 @@ def test_the_highest_tiles(cols, layout, cuda):
               for k, v in arguments.items()}  # fmt: skip
     assert_same_bits(out, moe_ops.fused_moe(**copies))
     assert_same_bits(out, moe_ops.fused_moe(**copies, backend="sm80"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        MoeCase(tokens=64, topk=4, experts=64, hidden=1024, intermediate=1024),
+        MoeCase(tokens=600, topk=2, experts=8, hidden=2560, intermediate=2560),
+    ],
+    ids=["low tiles", "high tiles"],
+)
+def test_second_product_reads_nothing_early(case, cuda):
+    """So many tiles that it starts while the first is at work, on memory where a call before left
+    NaN; and after the kernel for any alignment, which tells it in another way."""
+    arguments = case.but(dtype=torch.bfloat16).arguments(cuda)
+    poison = arguments | {"x": torch.full_like(arguments["x"], torch.nan)}
+    misaligned = arguments | {"x": lay_out(arguments["x"], "misaligned")}
+    expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)
+    out = moe_ops.fused_moe(**arguments)
+    assert_accurate(out, expected, TOLERANCE[torch.bfloat16])
+    for again in [arguments, misaligned] * 10:
+        moe_ops.fused_moe(**poison)
+        assert_same_bits(moe_ops.fused_moe(**again), out)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
