@@ -88,7 +88,8 @@ PLANTED = {
         WGMMA, "item.row_count > first_row()", "item.row_count > first_row() + 16",
         whole_vectors),
     "rows of a later item not waited for": (
-        COPIER, "if constexpr (!kFirst) wait_for_rows(item);", "", properties.test_grouped_gemm_second_waits),
+        COPIER, "if constexpr (!kFirst) wait_for_rows(item);", "",
+        properties.test_grouped_gemm_second_waits),
     "rows of the first item not waited for": (
         GEMM, "copier.wait_for_rows(queue[0]);", "", properties.test_grouped_gemm_second_waits),
     "last item never counted": (
@@ -187,18 +188,23 @@ PLANTED = {
 
 @pytest.fixture(scope="module")
 def programs(request):
-    """Those with the bugs that this run wants: the next are compiled while one is tested."""
+    """Of the bugs that this run wants: the next are compiled while one is tested."""
+
+    def build_with(bug):
+        file, old, new, _ = PLANTED[bug]
+        return build({file: (old, new)})
+
     items = request.session.items
     bugs = [item.callspec.params["bug"] for item in items if item.function is test_planted_bug]
     with ThreadPoolExecutor(2) as pool:
-        yield {bug: pool.submit(build, {bug[0]: bug[1:3]}) for bug in map(PLANTED.get, bugs)}
+        yield {bug: pool.submit(build_with, bug) for bug in bugs}
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bug(bug, programs):
-    *_, test = planted = PLANTED[bug]
-    emulator = Emulator(programs[planted].result())
+    *_, test = PLANTED[bug]
+    emulator = Emulator(programs[bug].result())
     try:
         with pytest.raises((AssertionError, EmulatorError, pytest.fail.Exception)):
             test(emulator)

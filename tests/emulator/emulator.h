@@ -415,7 +415,7 @@ inline void let_next_kernel_start() {}
 inline void follow_earlier_kernels() {}
 inline void add_release(int32_t* count, int32_t value) { *count += value; }
 inline void wait_for_count(const int32_t* count, int32_t least, EMULATOR_WHERE) {
-  if (*count < least) emulator::fail("a count that nobody brings to", "wait_for_count", where);
+  if (*count < least) emulator::fail("a wait that never ends", "wait_for_count", where);
 }
 
 }  // namespace ptx
