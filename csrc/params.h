@@ -97,13 +97,14 @@ SIMPLE_MOE_HOST_DEVICE int64_t local_expert(const TopkIds& ids, int64_t slot) {
   return held ? static_cast<int64_t>(local) : ids.experts;
 }
 
-// A row tile is up to so many neighbouring rows of one expert: what a product's tile is made of.
-// Neighbouring tiles of an expert form a group, which a sweep over the columns takes at once. A
-// tile is told by its group: so many rows from `begin` on, in so many tiles of which it is number
-// `place`.
+// A row tile is up to so many neighbouring rows of one expert: what a product's tile is made of. An
+// expert's rows are shared out evenly over its tiles, in units of some rows. Neighbouring tiles of
+// an expert form a group, which a sweep over the columns takes at once. A tile is told by its
+// group: so many rows from `begin` on, in so many tiles of which it is number `place`, of so many
+// units each, and the first `longer` of one more.
 struct alignas(16) RowTile {
   int32_t expert, begin, rows;
-  uint16_t place, tiles;
+  uint8_t place, tiles, units, longer;
 };
 
 // What comes before an array of row tiles: how many follow, and how many items the blocks of a
@@ -116,9 +117,10 @@ static_assert(sizeof(RowTilesHead) == sizeof(RowTile));
 
 // The row tiles of all experts, in order.
 struct RowTiles {
-  int height = 0;  // the most rows of one; 0: there are none
-  int group = 1;   // the most tiles of a group
-  int most = 0;    // how many there can be
+  int height = 0;     // the most rows of one, whole units; 0: there are none
+  int unit_log2 = 4;  // of a unit's rows
+  int group = 1;      // the most tiles of a group
+  int most = 0;       // how many there can be
   RowTilesHead* head = nullptr;
   // Whether a layer's second product starts on a tile when the first has written it, not when that
   // has ended. Then [rows], else null: at a tile's first row, how many columns are written.

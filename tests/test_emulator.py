@@ -187,11 +187,12 @@ def test_sort_by_expert(emulator, data, dtype, seed, machine):
         ids = torch.where(random.integers(slots, low=0, high=9) > 0, expert_offset, ids).to(dtype)
     if dtype == torch.int64 and slots:
         ids[random.integers(1, low=0, high=slots - 1, dtype=dtype)] = (1 << 40) + expert_offset
-    topk, height = data.draw(st.sampled_from([1, 2, 8])), data.draw(st.sampled_from([0, 16, 128]))
+    topk, height = data.draw(st.sampled_from([1, 2, 8])), data.draw(st.sampled_from([0, 16, 160]))
+    unit_log2 = 4 if height == 16 else 5
     weights = random.integers(slots, dtype=data.draw(FLOATS))
     offsets, sorted_slots, source_rows, row_weights, *tiles = twice(
         emulator.sort_by_expert, ids, experts, expert_offset, topk=topk, topk_weights=weights,
-        tile_height=height, **machine
+        tile_height=height, tile_unit_log2=unit_log2, **machine
     )  # fmt: skip
     expected_offsets, expected_slots = reference.sort_by_expert(ids, experts, expert_offset)
     assert torch.equal(offsets, expected_offsets)
@@ -201,10 +202,23 @@ def test_sort_by_expert(emulator, data, dtype, seed, machine):
     if height and slots:
         expected_tiles = []  # in groups of two
         for e, of_expert in enumerate(reference.row_ranges(offsets, slots)):
-            for begin in range(of_expert.start, of_expert.stop, 2 * height):
-                rows = min(2 * height, of_expert.stop - begin)
-                of_group = -(-rows // height)
-                expected_tiles += [[e, begin, rows, i | of_group << 16] for i in range(of_group)]
+            begin, rows = of_expert.start, of_expert.stop - of_expert.start
+            if rows <= 0:
+                continue
+            tiles_of_expert = -(-rows // height)
+            unit = 1 << unit_log2
+            each, longer = divmod(-(-rows // unit), tiles_of_expert)
+            heights = [unit * (each + (i < longer)) for i in range(tiles_of_expert)]
+            assert max(heights) <= height
+            for first in range(0, tiles_of_expert, 2):
+                group = heights[first : first + 2]
+                rows = min(sum(group), of_expert.stop - begin)
+                longer_of_group = group.count(unit * (each + 1))
+                expected_tiles += [
+                    [e, begin, rows, i | len(group) << 8 | each << 16 | longer_of_group << 24]
+                    for i in range(len(group))
+                ]
+                begin += rows
         assert tiles[0][0, :3].tolist() == [len(expected_tiles), 0, 0]
         assert tiles[0][1 : 1 + len(expected_tiles)].tolist() == expected_tiles
 
@@ -386,7 +400,7 @@ def test_grouped_gemm(emulator, case, seed, machine):
     check_grouped_gemm(emulator, case, seed, machine)
 
 
-WGMMA = dict(rows=300, n=264, k=136, experts=2, dtype=torch.bfloat16, out_dtype=None,
+WGMMA = dict(rows=300, n=264, k=136, experts=2, dtype=torch.float16, out_dtype=None,
              offsets="even", gathered=True, weighted=True, bias=None, n_major=False, a_padding=0,
              out_padding=0, misaligned=[], zero_other_rows=False, columns=4096, scattered=True,
              sm90=True)  # fmt: skip

@@ -51,12 +51,17 @@ PLANTED = {
     "offsets not clamped": (
         TILES, "offset > rows ? rows : offset", "offset", properties.test_toy_tiles),
     "offsets not monotonic": (
-        BESIDE, "Max()(begin, clamped(e))", "clamped(e)", properties.test_toy_tiles),
+        BESIDE, "max(begin, clamped(e + 1))", "clamped(e + 1)", properties.test_toy_tiles),
     "a division that rounds up": (
         SHAPES, "+ value - 1) / value)", "+ 2 * value) / value)", properties.test_toy_divide),
     "last row of a tile forgotten": (
-        ITEMS, "left < p_.row_tiles.height ? left :", "left < p_.row_tiles.height ? left - 1 :",
+        ITEMS, "min(rows - before, height)", "min(rows - before, height) - (tiles > 1)",
         properties.test_toy_tiles),
+    "longer tiles before a tile forgotten": (
+        ITEMS, "place * units + min(place, longer)", "place * units", properties.test_toy_tiles),
+    "longer tiles of the groups before counted": (
+        TILES, "min(max(longer - first, 0), end - first)", "min(longer, end - first)",
+        properties.test_sort_by_expert),
     "items skipped between given and claimed ones": (
         ITEMS, "next_ = claimed_ + kGiven * gridDim.x", "next_ = claimed_ + 4 * gridDim.x",
         whole_vectors),

@@ -1,6 +1,5 @@
 // What a grouped_gemm may need beside its product: the row tiles, the rows that belong to no
 // expert, the end of a product that another library made.
-#include "block_scan.cuh"
 #include "epilogue.cuh"
 #include "launch.h"
 #include "primitives.h"
@@ -21,18 +20,15 @@ __global__ void __launch_bounds__(kThreads) row_tiles_kernel(const GroupedGemm p
   const int64_t expert = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (expert > p.experts) return;
   const auto clamped = [&](int64_t e) { return clamped_offset(p.expert_offsets, e, p.rows); };
-  int begin = clamped(0), tiles = 0;
-  for (int64_t e = 1; e <= expert; ++e) {
-    const int end = Max()(begin, clamped(e));
-    tiles += height.divide(end - begin + height.value - 1);
-    begin = end;
+  int begin = clamped(0), rows = 0, number = 0, count = 0;
+  for (int64_t e = 0; e <= expert; ++e) {
+    begin += rows;
+    number += count;
+    rows = e < p.experts ? max(begin, clamped(e + 1)) - begin : 0;
+    count = height.divide(rows + height.value - 1);
   }
-  if (expert == p.experts) {
-    *p.row_tiles.head = {tiles, {}};
-  } else {
-    const int rows = Max()(begin, clamped(expert + 1)) - begin;
-    write_row_tiles(p.row_tiles, static_cast<int>(expert), begin, rows, p.row_tiles.data() + tiles);
-  }
+  if (expert == p.experts) *p.row_tiles.head = {number, {}};
+  write_row_tiles(p.row_tiles, static_cast<int>(expert), begin, rows, count, number);
 }
 
 // A warp takes a row.

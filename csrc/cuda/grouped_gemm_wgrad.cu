@@ -27,7 +27,7 @@ struct ExpertRows {
 __device__ __forceinline__ ExpertRows rows_of(const GroupedGemmWgrad& p, int64_t expert) {
   int upto = 0;  // the running maximum before the expert
   for (int64_t e = threadIdx.x % 32; e <= expert; e += 32) {
-    upto = Max()(upto, clamped_offset(p.expert_offsets, e, p.rows));
+    upto = max(upto, clamped_offset(p.expert_offsets, e, p.rows));
   }
   const int begin = warp_reduce(upto, Max());
   const int count = clamped_offset(p.expert_offsets, expert + 1, p.rows) - begin;

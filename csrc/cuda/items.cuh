@@ -33,14 +33,15 @@ class Items {
   __device__ Item find(unsigned number, const uint4& looked) const {
     if (!has(number)) return {};
     const unsigned column_tile = number - column_tiles_.divide(number) * column_tiles_.value;
-    const unsigned tiles = looked.w >> 16, place_of_tile = looked.w & 0xFFFF;
-    const unsigned in_group = place_of_tile * column_tiles_.value + column_tile;
+    const auto [expert, begin, rows, first_place, tiles, units, longer] =
+        reinterpret_cast<const RowTile&>(looked);
+    const unsigned in_group = first_place * column_tiles_.value + column_tile;
     // Most groups are of one tile where tokens are few: nothing waits for a division then.
     const unsigned column = tiles > 1 ? in_group / tiles : in_group;
-    const int before = static_cast<int>(in_group - column * tiles) * p_.row_tiles.height;
-    const int left = static_cast<int>(looked.z) - before;
-    return {static_cast<int>(looked.x), static_cast<int>(looked.y) + before,
-            left < p_.row_tiles.height ? left : p_.row_tiles.height, static_cast<int>(column)};
+    const int place = static_cast<int>(in_group - column * tiles);
+    const int before = (place * units + min(place, longer)) << p_.row_tiles.unit_log2;
+    const int height = (units + (place < longer)) << p_.row_tiles.unit_log2;
+    return {expert, begin + before, min(rows - before, height), static_cast<int>(column)};
   }
 
  private:

@@ -188,8 +188,8 @@ __device__ __forceinline__ uint64_t advance(uint64_t operand, int bytes) {
 #define SIMPLE_MOE_TEN(n) \
   "%" n "0, %" n "1, %" n "2, %" n "3, %" n "4, %" n "5, %" n "6, %" n "7, %" n "8, %" n "9, "
 #define SIMPLE_MOE_THIRTY(l, m, n) SIMPLE_MOE_TEN(l) SIMPLE_MOE_TEN(m) SIMPLE_MOE_TEN(n)
-#define SIMPLE_MOE_NAMES_60 SIMPLE_MOE_THIRTY("", "1", "2") SIMPLE_MOE_THIRTY("3", "4", "5")
-#define SIMPLE_MOE_NAMES_90 SIMPLE_MOE_NAMES_60 SIMPLE_MOE_THIRTY("6", "7", "8")
+#define SIMPLE_MOE_NAMES_90 \
+  SIMPLE_MOE_THIRTY("", "1", "2") SIMPLE_MOE_THIRTY("3", "4", "5") SIMPLE_MOE_THIRTY("6", "7", "8")
 #define SIMPLE_MOE_NAMES_96 SIMPLE_MOE_NAMES_90 "%90, %91, %92, %93, %94, %95"
 #define SIMPLE_MOE_NAMES_120 SIMPLE_MOE_NAMES_90 SIMPLE_MOE_THIRTY("9", "10", "11")
 #define SIMPLE_MOE_NAMES_128 SIMPLE_MOE_NAMES_120 "%120, %121, %122, %123, %124, %125, %126, %127"

@@ -11,21 +11,27 @@ __device__ __forceinline__ int clamped_offset(const int32_t* offsets, int64_t e,
   return static_cast<int>(offset < 0 ? 0 : (offset > rows ? rows : offset));
 }
 
-// Writes the tiles of an expert with so many rows, in groups as equal as can be. By one thread: a
-// tile takes a few cycles here, and thousands in the products.
+// Writes the `count` tiles of an expert with so many rows, from that number on, in groups as equal
+// as can be. By one thread: a tile takes a few cycles here, and thousands in the products.
 __device__ __forceinline__ void write_row_tiles(const RowTiles& tiles, int expert, int begin,
-                                                int rows, RowTile* to) {
-  const int count = rows / tiles.height + (rows % tiles.height != 0);
+                                                int rows, int count, int64_t number) {
   const int groups = (count + tiles.group - 1) / tiles.group;
-  const int most = groups > 1 ? (count + groups - 1) / groups : count;
-  for (int first = 0; first < count; first += most) {
-    const int in_group = count - first < most ? count - first : most;
-    const int left = rows - first * tiles.height, all = in_group * tiles.height;
-    for (int place = 0; place < in_group; ++place) {
-      if (tiles.progress) tiles.progress[begin + (first + place) * tiles.height] = 0;
-      to[first + place] = {expert, begin + first * tiles.height, left < all ? left : all,
-                           static_cast<uint16_t>(place), static_cast<uint16_t>(in_group)};
-    }
+  const int most = count > tiles.group ? (count + groups - 1) / groups : count;
+  const int all = (rows + (1 << tiles.unit_log2) - 1) >> tiles.unit_log2;
+  const int units = count == all ? 1 : count == 1 ? all : all / count, longer = all - count * units;
+  // Of the expert's rows, those before a tile.
+  const auto before = [&](int i) {
+    return min((i * units + min(i, longer)) << tiles.unit_log2, rows);
+  };
+  for (int i = 0; i < count; ++i) {
+    const int first = count > most ? i / most * most : 0, end = min(first + most, count);
+    RowTile tile{expert, begin + before(first), before(end) - before(first)};
+    tile.place = i - first;
+    tile.tiles = end - first;
+    tile.units = units;
+    tile.longer = min(max(longer - first, 0), end - first);
+    if (tiles.progress) tiles.progress[begin + before(i)] = 0;
+    tiles.data()[number + i] = tile;
   }
 }
 

@@ -118,17 +118,15 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns, b
   if (wgmma) {
     if (mean > 96 && mean <= 192) tiles.height = 192;
   } else if (const int height = mean <= 80 ? 96 : 160; mean > 48 && fits(height, device)) {
-    // Not where the last of an expert's few tiles would have few rows: it takes as long as with
-    // half of them.
-    const int64_t last = mean % height;
-    const bool few = height < mean && mean < 6 * height && 0 < last && last < 64;
-    if (!few) tiles.height = height;
+    tiles.height = height;
   }
   // Lower ones where there would be too few for the multiprocessors.
   while (tiles.height > 16 &&
          most(tiles.height) * ceil_div(columns, narrowest(tiles.height)) < device.sm_count) {
     tiles.height = tiles.height > 128 ? 128 : tiles.height > 64 ? 64 : tiles.height / 2;
   }
+  // As many as all warps of a tile, in two rows of them at most, or each warpgroup take at once.
+  tiles.unit_log2 = wgmma && tiles.height >= 128 ? 6 : tiles.height < 32 ? 4 : 5;
   // No host knows the routing: every expert may end with a tile of its own.
   tiles.most = static_cast<int>(most(tiles.height));
   // A sweep over the columns takes all of an expert's tiles, which share its weights, or so many

@@ -150,16 +150,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
     int64_t of_round;
     const int64_t upto = before + block_scan(both, totals, of_round) - both;
     const auto begin = static_cast<int32_t>(upto);
-    if (bin < bins) {
-      for (int i = 0; i < plan.chunks_of_block; ++i) places[i * bins + bin] += begin;
-    }
-    if (bin < bins && blockIdx.x == 0) {
-      p.expert_offsets[bin] = begin;
-      if (tiles > 0) {
-        write_row_tiles(p.row_tiles, bin, begin, in_bin, p.row_tiles.data() + (upto >> 32));
-      }
-    }
     before += of_round;
+    if (bin >= bins) continue;
+    for (int i = 0; i < plan.chunks_of_block; ++i) places[i * bins + bin] += begin;
+    if (blockIdx.x > 0) continue;
+    p.expert_offsets[bin] = begin;
+    if (tiles > 0) write_row_tiles(p.row_tiles, bin, begin, in_bin, tiles, upto >> 32);
   }
   if (height > 0 && blockIdx.x == 0 && threadIdx.x == 0) {
     *p.row_tiles.head = {static_cast<int32_t>(before >> 32), {}};

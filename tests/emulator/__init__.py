@@ -210,12 +210,12 @@ class Emulator:
         return self.run("topk_route", scalars, dict(logits=logits, bias=bias), outputs, **machine)
 
     def sort_by_expert(self, topk_ids, num_experts, expert_offset=0, *, topk=1, topk_weights=None,
-                       tile_height=0, **machine):  # fmt: skip
+                       tile_height=0, tile_unit_log2=4, **machine):  # fmt: skip
         """expert_offsets, sorted_slots; with topk_weights also source_rows, row_weights
         and, at a tile_height, the row tiles (the first holds their count)."""
         slots = topk_ids.numel()
         scalars = dict(slots=slots, experts=num_experts, topk=topk, tile_height=tile_height,
-                       **_id_scalars(topk_ids, expert_offset))  # fmt: skip
+                       tile_unit_log2=tile_unit_log2, **_id_scalars(topk_ids, expert_offset))  # fmt: skip
         sizes = dict(expert_offsets=num_experts + 1, sorted_slots=slots)
         if topk_weights is not None:
             sizes |= dict(source_rows=slots)

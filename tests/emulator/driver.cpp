@@ -116,6 +116,7 @@ void sort_by_expert(Request& r) {
   p.source_rows = r.data<int32_t>("source_rows");
   p.row_weights = r.data<float>("row_weights");
   p.row_tiles.height = r.scalar("tile_height");
+  p.row_tiles.unit_log2 = r.scalar("tile_unit_log2");
   p.row_tiles.group = 2;
   p.row_tiles.head = r.data<RowTilesHead>("row_tiles");
   p.counts = r.scratch<int32_t>(cuda::sort_by_expert_counts(p.slots, p.ids.experts));
@@ -235,7 +236,7 @@ void toy_divide(Request& r) {
 void toy_tiles(Request& r) {
   const int64_t experts = r.scalar("experts"), rows = r.scalar("rows");
   auto* const row_tiles =
-      reinterpret_cast<RowTilesHead*>(r.scratch<int32_t>(4 * (1 + rows / 16 + experts)));
+      reinterpret_cast<RowTilesHead*>(r.scratch<int32_t>(4 * (1 + rows / 64 + experts)));
   toys::tiles(r.data<int>("expert_offsets"), r.data<int>("out"), experts, rows,
               r.scalar("column_tiles"), r.scalar("group"), row_tiles);
 }

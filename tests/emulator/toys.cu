@@ -71,7 +71,7 @@ __global__ void scan_kernel(const int* x, int* out, int n) {
   if (i < n) out[i] = value;
 }
 
-constexpr int kTileRows = 16;
+constexpr int kTileRows = 64;
 
 __global__ void tiles_kernel(const GroupedGemm p, int* out, const cuda::Divisor column_tiles) {
   const cuda::Items items(p, column_tiles);
@@ -113,7 +113,7 @@ void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows, i
   p.n = 16 * column_tiles;
   p.activation.kind = Activation::kIdentity;
   const int most = static_cast<int>(rows / kTileRows + experts);
-  p.row_tiles = {kTileRows, group, most, row_tiles};
+  p.row_tiles = {kTileRows, 4, group, most, row_tiles};
   cuda::row_tiles(p, nullptr);
   launch(tiles_kernel, device_info().sm_count, kTileRows, 0, nullptr, p, out,
          cuda::Divisor(column_tiles));
