@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import test_emulator as properties
-from emulator import Emulator, EmulatorError, build
+from emulator import Bug, Emulator, EmulatorError, build
 
 TOYS, ROUTE, SORT, COMBINE = (
     "tests/emulator/toys.cu", "csrc/cuda/topk_route.cu", "csrc/cuda/sort_by_expert.cu",
@@ -47,7 +47,7 @@ PLANTED = {
         SCAN, "__syncthreads();\n  const T upto", "const T upto", properties.test_toy_scan),
     "scan over its last readers": (
         SCAN, "__syncthreads();  // the last scan's readers are done", "",
-        properties.test_sort_by_expert),
+        properties.test_sort_by_expert_many_chunks),
     "offsets not clamped": (
         TILES, "offset > rows ? rows : offset", "offset", properties.test_toy_tiles),
     "offsets not monotonic": (
@@ -90,7 +90,7 @@ PLANTED = {
     "staged sums in a slot that is filled": (
         GEMM, "if constexpr (Shape::kWgmma) __syncthreads();", "", whole_vectors),
     "a warpgroup's rows forgotten": (
-        WGMMA, "item.row_count > first_row()", "item.row_count > first_row() + 16",
+        WGMMA, "item.row_count > first_row()", "item.row_count > first_row() + 32",
         whole_vectors),
     "rows of a later item not waited for": (
         COPIER, "if constexpr (!kFirst) wait_for_rows(item);", "",
@@ -191,13 +191,29 @@ PLANTED = {
 }  # fmt: skip
 
 
+# What is compiled with a bug in a header: what the test runs of it, for one dtype.
+TILED = [f"csrc/cuda/grouped_gemm_{name}.cu" for name in ("f16", "sm90_f16")]
+SOURCES = {
+    properties.test_toy_scan: [TOYS],
+    properties.test_toy_divide: [TOYS],
+    properties.test_toy_tiles: [TOYS, BESIDE],
+    properties.test_sort_by_expert: [SORT],
+    properties.test_sort_by_expert_many_chunks: [SORT],
+    properties.test_grouped_gemm: ["csrc/cuda/grouped_gemm_any_f32.cu"],
+    properties.test_grouped_gemm_activation: TILED,
+    properties.test_grouped_gemm_second_waits: TILED,
+    whole_vectors: TILED,
+}
+
+
 @pytest.fixture(scope="module")
 def programs(request):
     """Of the bugs that this run wants: the next are compiled while one is tested."""
+    build()  # what all have in common
 
     def build_with(bug):
-        file, old, new, _ = PLANTED[bug]
-        return build({file: (old, new)})
+        file, old, new, test = PLANTED[bug]
+        return build(Bug(file, old, new, [file] if file.endswith(".cu") else SOURCES[test]))
 
     items = request.session.items
     bugs = [item.callspec.params["bug"] for item in items if item.function is test_planted_bug]

@@ -16,6 +16,7 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -84,33 +85,49 @@ def _compile(tree: Path, source: Path, optimize: str) -> Path:
     return output
 
 
-def build(mutations: dict[str, tuple[str, str]] | None = None) -> Path:
-    """The emulator's program. `mutations`, {"csrc/cuda/foo.cu": (old text, new text)}, plants bugs
-    in a copy of the tree."""
+def _sources() -> list[Path]:
+    sources = [ROOT / "tests/emulator" / f for f in ("driver.cpp", "fibers.cpp", "toys.cu")]
+    sources.append(ROOT / "csrc/cuda/grouped_gemm.cpp")
+    # device.cu has a kernel that a real GPU is asked about: the driver has its own device.
+    return sources + sorted(set((ROOT / "csrc/cuda").glob("*.cu")) - {ROOT / "csrc/cuda/device.cu"})
+
+
+class Bug(NamedTuple):
+    """A text of a file, what stands in its place, and the sources that are compiled with that: the
+    others are as they are in the tree."""
+
+    file: str
+    old: str
+    new: str
+    sources: list[str]
+
+
+def build(bug: Bug | None = None) -> Path:
+    """The emulator's program, with a bug planted in a copy of the tree."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as copy:
-        tree = ROOT
-        if mutations:
-            tree = Path(copy)
-            for path in [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("tests/emulator/**/*.*")]:
-                if path.suffix not in (".cu", ".cuh", ".cpp", ".h"):
-                    continue
-                name = path.relative_to(ROOT)
-                text = path.read_text()
-                if str(name) in mutations:
-                    old, new = mutations[str(name)]
-                    assert old in text, f"{name} has no {old!r}"
-                    text = text.replace(old, new, 1)
-                (tree / name).parent.mkdir(parents=True, exist_ok=True)
-                (tree / name).write_text(text)
-        sources = [tree / "tests/emulator" / f for f in ("driver.cpp", "fibers.cpp", "toys.cu")]
-        sources.append(tree / "csrc/cuda/grouped_gemm.cpp")
-        # device.cu has a kernel that a real GPU is asked about: the driver has its own device.
-        sources += sorted(set((tree / "csrc/cuda").glob("*.cu")) - {tree / "csrc/cuda/device.cu"})
-        # What a bug changed is compiled for one short test: that takes longer than the test.
-        optimize = "-O0" if mutations else "-O1"
+        tree = Path(copy)
+        for path in [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("tests/emulator/**/*.*")] if bug else []:
+            if path.suffix not in (".cu", ".cuh", ".cpp", ".h"):
+                continue
+            name, text = path.relative_to(ROOT), path.read_text()
+            if str(name) == bug.file:
+                assert bug.old in text, f"{name} has no {bug.old!r}"
+                text = text.replace(bug.old, bug.new, 1)
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_text(text)
+        with_bug = [ROOT / name for name in bug.sources] if bug else []
+
+        def compiled(source: Path) -> Path:
+            # With a bug for one short test, which compiling takes longer than.
+            if source in with_bug:
+                return _compile(tree, tree / source.relative_to(ROOT), "-O0")
+            return _compile(ROOT, source, "-O1")
+
+        # Of an inline function that several have, the linker takes the first: the bug's.
+        sources = sorted(_sources(), key=lambda source: source not in with_bug)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda source: _compile(tree, source, optimize), sources))
+            objects = list(pool.map(compiled, sources))
         program = BUILD / f"emulator-{_key(*objects)}"
         if not program.exists():
             _run_compiler(["g++", "-fsanitize=address,alignment", *objects], program)
