@@ -119,6 +119,7 @@ def test_toy_divide(emulator, divisor, seed):
 @examples(25)
 @given(st.sampled_from([1, 8, 600]), st.integers(0, 120), st.integers(1, 3),
        st.sampled_from([1, 2, 16]), OFFSETS, SEEDS, MACHINES)  # fmt: skip
+@example(1, 120, 2, 2, "skewed", 0, dict(seed=0, sm_count=1))  # tiles of four units and of three
 def test_toy_tiles(emulator, experts, rows, column_tiles, group, kind, seed, machine):
     offsets = Random(seed).expert_offsets(experts, rows, kind)
     out = twice(emulator.toy_tiles, offsets, rows=rows, column_tiles=column_tiles, group=group,

@@ -59,9 +59,6 @@ PLANTED = {
         properties.test_toy_tiles),
     "longer tiles before a tile forgotten": (
         ITEMS, "place * units + min(place, longer)", "place * units", properties.test_toy_tiles),
-    "longer tiles of the groups before counted": (
-        TILES, "min(max(longer - first, 0), end - first)", "min(longer, end - first)",
-        properties.test_sort_by_expert),
     "items skipped between given and claimed ones": (
         ITEMS, "next_ = claimed_ + kGiven * gridDim.x", "next_ = claimed_ + 4 * gridDim.x",
         whole_vectors),
@@ -197,7 +194,6 @@ SOURCES = {
     properties.test_toy_scan: [TOYS],
     properties.test_toy_divide: [TOYS],
     properties.test_toy_tiles: [TOYS, BESIDE],
-    properties.test_sort_by_expert: [SORT],
     properties.test_sort_by_expert_many_chunks: [SORT],
     properties.test_grouped_gemm: ["csrc/cuda/grouped_gemm_any_f32.cu"],
     properties.test_grouped_gemm_activation: TILED,
