@@ -451,6 +451,7 @@ def test_grouped_gemm_activation(
 @examples(40)
 @given(gemms() | gemms_of_whole_vectors(), st.integers(1, 40), st.booleans(), SEEDS, MACHINES)
 @example(WGMMA, 9, True, 0, dict(seed=0, sm_count=2))
+@example(WGMMA | dict(sm90=False), 9, True, 0, dict(seed=0, sm_count=2))
 def test_grouped_gemm_second_waits(emulator, case, vectors, gated, seed, machine):
     """A layer's first product counts what it has written of each row tile, and the second goes by
     that: by nothing less."""

@@ -188,18 +188,19 @@ PLANTED = {
 }  # fmt: skip
 
 
-# What is compiled with a bug in a header: what the test runs of it, for one dtype.
-TILED = [f"csrc/cuda/grouped_gemm_{name}.cu" for name in ("f16", "sm90_f16")]
-SOURCES = {
-    properties.test_toy_scan: [TOYS],
-    properties.test_toy_divide: [TOYS],
-    properties.test_toy_tiles: [TOYS, BESIDE],
-    properties.test_sort_by_expert_many_chunks: [SORT],
-    properties.test_grouped_gemm: ["csrc/cuda/grouped_gemm_any_f32.cu"],
-    properties.test_grouped_gemm_activation: TILED,
-    properties.test_grouped_gemm_second_waits: TILED,
-    whole_vectors: TILED,
-}
+def sources_of(bug):
+    """What is compiled with it: what its test runs of it, for one dtype."""
+    file, old, _, test = PLANTED[bug]
+    if file.endswith(".cu"):
+        return [file]
+    if test is properties.test_sort_by_expert_many_chunks:
+        return [SORT]
+    if test is properties.test_grouped_gemm:
+        return ["csrc/cuda/grouped_gemm_any_f32.cu"]
+    if test in (properties.test_toy_scan, properties.test_toy_divide, properties.test_toy_tiles):
+        return [TOYS, BESIDE]
+    kernel = "sm90_f16" if "wgmma" in f"{file} {old}".lower() else "f16"
+    return [f"csrc/cuda/grouped_gemm_{kernel}.cu"]
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +209,8 @@ def programs(request):
     build()  # what all have in common
 
     def build_with(bug):
-        file, old, new, test = PLANTED[bug]
-        return build(Bug(file, old, new, [file] if file.endswith(".cu") else SOURCES[test]))
+        file, old, new, _ = PLANTED[bug]
+        return build(Bug(file, old, new, sources_of(bug)))
 
     items = request.session.items
     bugs = [item.callspec.params["bug"] for item in items if item.function is test_planted_bug]
