@@ -49,7 +49,8 @@ PLANTED = {
         SCAN, "__syncthreads();  // the last scan's readers are done", "",
         properties.test_sort_by_expert_many_chunks),
     "offsets not clamped": (
-        TILES, "offset > rows ? rows : offset", "offset", properties.test_toy_tiles),
+        TILES, "min(max(int64_t{offsets[e]}, int64_t{0}), rows)", "offsets[e]",
+        properties.test_toy_tiles),
     "offsets not monotonic": (
         BESIDE, "max(begin, clamped(e + 1))", "clamped(e + 1)", properties.test_toy_tiles),
     "a division that rounds up": (
@@ -170,10 +171,10 @@ PLANTED = {
         GEMV, "first_slot : out_row / p.topk", "first_slot : out_row % p.topk",
         properties.test_grouped_gemv),
     "bias not weighted": (
-        GEMV, "fmaf(weight, with_bias", "fmaf(1.0f, with_bias", properties.test_grouped_gemv),
+        GEMV, "fmaf(weight, load_float(p.bias", "fmaf(1.0f, load_float(p.bias", properties.test_grouped_gemv),
     "bias of gates added to ups, by itself": (
-        GEMV, "with_bias(up[0], p, expert, column, true)",
-        "with_bias(up[0], p, expert, column, false)", properties.test_grouped_gemv_activation),
+        GEMV, "bias_at(p, expert, column, true)", "bias_at(p, expert, column, false)",
+        properties.test_grouped_gemv_activation),
     "slot rows not cleared": (
         COMBINE, "cudaMemsetAsync(p.slot_rows, 0xFF,", "cudaMemsetAsync(p.slot_rows, 0,",
         properties.test_combine),

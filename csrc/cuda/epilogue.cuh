@@ -12,18 +12,21 @@ __device__ __forceinline__ int64_t branch_row(const GroupedGemm& p, int64_t colu
   return (p.gate_layout == GateLayout::kGateUp) == up ? p.n + column : column;
 }
 
-// A product with its bias, if there is one.
-__device__ __forceinline__ float with_bias(float product, const GroupedGemm& p, int64_t expert,
-                                           int64_t column, bool up) {
-  if (!p.bias.data || column >= p.n) return product;
-  const bool gated = is_gated(p.activation.kind);
-  return product + load_float(p.bias, gated ? expert * 2 * p.n + branch_row(p, column, up)
-                                            : expert * p.n + column);
+// Where the bias of a branch of output column `column` is.
+__device__ __forceinline__ int64_t bias_at(const GroupedGemm& p, int64_t expert, int64_t column,
+                                           bool up) {
+  return is_gated(p.activation.kind) ? expert * 2 * p.n + branch_row(p, column, up)
+                                     : expert * p.n + column;
 }
 
-// One value. A call, so that the code of the activations stands once.
-static __device__ __noinline__ float activated(Activation kind, ActivationScalars scalars,
-                                               float gate, float up) {
+// One value: bias and activation. A call, so that their code stands once.
+static __device__ __noinline__ float finished(Activation kind, ActivationScalars scalars,
+                                              Floats bias, int64_t gate_at, int64_t up_at,
+                                              float gate, float up) {
+  if (bias.data) {
+    gate += load_float(bias, gate_at);
+    if (is_gated(kind)) up += load_float(bias, up_at);
+  }
   is_gated(kind) ? activate_gated<1>(kind, scalars, &gate, &up) : activate<1>(kind, &gate);
   return gate;
 }
@@ -37,6 +40,8 @@ __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert
                                             bool aligned, const Product& product) {
   const int vectors = columns / kVector;
   const ActivationScalars scalars = scalars_of(p.activation, expert);
+  const Activation kind = p.activation.kind;
+  const bool plain = kind == Activation::kIdentity && !p.bias.data;
 #pragma unroll 1
   for (int item = threadIdx.x; item < rows * vectors; item += blockDim.x) {
     const int row = item / vectors, j = item % vectors * kVector;
@@ -46,15 +51,14 @@ __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert
     const int64_t of_product = first_row + row;
     const int64_t out_row = p.out_rows ? p.out_rows[of_product] : of_product;
     const float weight = p.row_weights.data ? load_float(p.row_weights, of_product) : 1.0f;
-    const Activation kind = p.activation.kind;
     float values[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const auto branch = [&](bool up) {
-        return with_bias(product(row, j + i, up), p, expert, first_column + j + i, up);
-      };
-      const float gate = branch(false), up = is_gated(kind) ? branch(true) : 0.0f;
-      values[i] = kind == Activation::kIdentity ? gate : activated(kind, scalars, gate, up);
+      const int64_t column = first_column + (i < count ? j + i : 0);
+      const auto at = [&](bool up) { return bias_at(p, expert, column, up); };
+      const float gate = product(row, j + i, false);
+      const float up = is_gated(kind) ? product(row, j + i, true) : 0.0f;
+      values[i] = plain ? gate : finished(kind, scalars, p.bias, at(false), at(true), gate, up);
       values[i] *= weight;
     }
     store_vector(p.out, p.out_dtype, out_row * p.out_stride + first_column + j, count, aligned,

@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(Product::Shape::kThreads, Product::Shape::kBlo
     const Item item = queue[number];
     if (item.row_count == 0) break;
     const int live = Product::live(item);
-    if (live > 0) {
+    // Warps without rows multiply 16 of nobody's; a warpgroup, which would take 64, does not.
+    if (!Shape::kWgmma || live > 0) {
       Product product;
       product.multiply_item(steps, live, copier, cursor);
       // The one before: its stores have long ended, and nobody waits for them.
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(Product::Shape::kThreads, Product::Shape::kBlo
       const uint32_t staged_at = Shape::kWgmma ? cursor.free - ring : Shape::kStagedAt;
       product.finish(p, queue[number], smem + staged_at + threadIdx.x / 32 * Shape::kStagedBytes,
                      target);
-    } else {
+    } else if constexpr (Shape::kWgmma) {
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         copier.template copy<0, copier.kPasses>(cursor.free);

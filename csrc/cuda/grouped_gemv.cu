@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
     const auto [expert, weight] = table[i];
     if (expert < 0) continue;
     if (p.bias.data) {
-      gate[0] = fmaf(weight, with_bias(0.0f, p, expert, column, false), gate[0]);
-      if (kGated) up[0] = with_bias(up[0], p, expert, column, true);
+      gate[0] = fmaf(weight, load_float(p.bias, bias_at(p, expert, column, false)), gate[0]);
+      if (kGated) up[0] += load_float(p.bias, bias_at(p, expert, column, true));
     }
     if (kGated) activate_gated<1>(p.activation.kind, scalars_of(p.activation, expert), gate, up);
   }

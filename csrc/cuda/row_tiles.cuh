@@ -7,8 +7,7 @@ namespace simple_moe {
 
 // An expert's offset from outside, clamped to [0, rows], so that no row is read out of bounds.
 __device__ __forceinline__ int clamped_offset(const int32_t* offsets, int64_t e, int64_t rows) {
-  const int64_t offset = offsets[e];
-  return static_cast<int>(offset < 0 ? 0 : (offset > rows ? rows : offset));
+  return static_cast<int>(min(max(int64_t{offsets[e]}, int64_t{0}), rows));
 }
 
 // Writes the `count` tiles of an expert with so many rows, from that number on, in groups as equal

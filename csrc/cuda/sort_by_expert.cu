@@ -144,9 +144,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
         in_bin += here[i];
       }
     }
-    const int64_t tiles =
-        height > 0 && bin < p.ids.experts ? in_bin / height + (in_bin % height > 0) : 0;
-    const int64_t both = tiles << 32 | in_bin;
+    const int tiles = height > 0 && bin < p.ids.experts ? (in_bin + height - 1) / height : 0;
+    const int64_t both = int64_t{tiles} << 32 | in_bin;
     int64_t of_round;
     const int64_t upto = before + block_scan(both, totals, of_round) - both;
     const auto begin = static_cast<int32_t>(upto);
