@@ -55,7 +55,7 @@ __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const int64_t column = first_column + (i < count ? j + i : 0);
-      const auto at = [&](bool up) { return bias_at(p, expert, column, up); };
+      const auto at = [&](bool up) { return p.bias.data ? bias_at(p, expert, column, up) : 0; };
       const float gate = product(row, j + i, false);
       const float up = is_gated(kind) ? product(row, j + i, true) : 0.0f;
       values[i] = plain ? gate : finished(kind, scalars, p.bias, at(false), at(true), gate, up);
