@@ -119,7 +119,7 @@ static_assert(sizeof(RowTilesHead) == sizeof(RowTile));
 struct RowTiles {
   int height = 0;     // the most rows of one, whole units; 0: there are none
   int unit_log2 = 4;  // of a unit's rows
-  int group = 1;      // the most tiles of a group
+  int group = 1;      // the most tiles of a group, below 256
   int most = 0;       // how many there can be
   RowTilesHead* head = nullptr;
   // Whether a layer's second product starts on a tile when the first has written it, not when that
@@ -158,7 +158,7 @@ struct GroupedGemm {
   int64_t rows;      // of out
   int64_t n, k;      // columns of out; length of the dot products
   int64_t experts;
-  const int32_t* expert_offsets;  // [experts + 1]; malformed ones are clamped (see row_range)
+  const int32_t* expert_offsets;  // [experts + 1]; malformed ones are clamped
   const int32_t* source_rows;     // [rows] or null: row r is made of a's row r
   const int32_t* out_rows;        // [rows] or null: row r goes to out's row r
   int64_t source_count;           // rows of a

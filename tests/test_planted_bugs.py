@@ -21,6 +21,9 @@ SHAPES, GEMV, BESIDE = (
     "csrc/cuda/shapes.h", "csrc/cuda/grouped_gemv.cu", "csrc/cuda/grouped_gemm.cu",
 )  # fmt: skip
 ITEMS, EPILOGUE = "csrc/cuda/items.cuh", "csrc/cuda/epilogue.cuh"
+MMA_F16, WGMMA_F16, ANY_F32 = (
+    f"csrc/cuda/grouped_gemm_{x}.cu" for x in ("f16", "sm90_f16", "any_f32")
+)
 
 
 def toy_gemms(emulator):
@@ -32,7 +35,8 @@ def whole_vectors(emulator):
     properties.test_grouped_gemm_of_whole_vectors(emulator)
 
 
-# name: the file, its text, the bug in its place, the test that must fail.
+# name: the file, its text, the bug in its place, the test that must fail; what is compiled with it,
+# where sources_of() doesn't know.
 PLANTED = {
     "cp.async not waited for": (TOYS, "cp_async_wait<1>()", "cp_async_wait<2>()", toy_gemms),
     "stage overwritten while read": (
@@ -83,13 +87,17 @@ PLANTED = {
         COPIER, "Shape::kBehind == 1 ? slot", "Shape::kBehind == 1 ? slot + Shape::kSlotBytes",
         whole_vectors),
     "slot filled while wgmma reads it": (
-        COPIER, "wgmma_wait<Shape::kBehind - 1>", "wgmma_wait<Shape::kBehind>", whole_vectors),
-    "sums read before wgmma is done": (WGMMA, "ptx::wgmma_wait<0>();", "", whole_vectors),
+        COPIER, "wgmma_wait<Shape::kBehind - 1>", "wgmma_wait<Shape::kBehind>", whole_vectors,
+        WGMMA_F16),
+    "sums read before wgmma is done": (
+        WGMMA, "ptx::wgmma_wait<0>();", "", whole_vectors, WGMMA_F16),
     "staged sums in a slot that is filled": (
-        GEMM, "if constexpr (Shape::kWgmma) __syncthreads();", "", whole_vectors),
+        GEMM, "if constexpr (Shape::kWgmma) __syncthreads();", "", whole_vectors, WGMMA_F16),
     "a warpgroup's rows forgotten": (
         WGMMA, "item.row_count > first_row()", "item.row_count > first_row() + 32",
-        whole_vectors),
+        whole_vectors, WGMMA_F16),
+    "warps without rows left out": (
+        GEMM, "if (!Shape::kWgmma || live > 0)", "if (live > 0)", whole_vectors),
     "rows of a later item not waited for": (
         COPIER, "if constexpr (!kFirst) wait_for_rows(item);", "",
         properties.test_grouped_gemm_second_waits),
@@ -98,6 +106,9 @@ PLANTED = {
     "last item never counted": (
         GEMM, "  }\n  __syncthreads();  // All have written the last item.\n  if (number > 0)",
         "  }\n  if (false)", properties.test_grouped_gemm_second_waits),
+    "counts cleared where tiles of one height would begin": (
+        TILES, "tiles.progress[begin + before(i)]", "tiles.progress[begin + i * tiles.height]",
+        properties.test_grouped_gemm_second_waits, BESIDE),
     "gates and ups counted": (
         ITEMS, "? lines / 2 : lines", "? lines : lines", properties.test_grouped_gemm_second_waits),
     "high items not taken in pieces": (
@@ -150,7 +161,7 @@ PLANTED = {
         SORT, "p.expert_offsets[bin] =", "if (bin < p.ids.experts) p.expert_offsets[bin] =",
         properties.test_sort_by_expert),
     "places counted from their chunk": (
-        SORT, "places[i * bins + bin] += begin", "places[bin] += begin",
+        SORT, "begins[bin[i]] + places[bin[i]] + rank", "places[bin[i]] + rank",
         properties.test_sort_by_expert_many_chunks),
     "row not scattered": (
         SUMS, "there && p.out_rows ? p.out_rows[row] : row", "row", whole_vectors),
@@ -191,17 +202,16 @@ PLANTED = {
 
 def sources_of(bug):
     """What is compiled with it: what its test runs of it, for one dtype."""
-    file, old, _, test = PLANTED[bug]
+    file, _, _, test, *sources = PLANTED[bug]
+    if sources:
+        return sources
     if file.endswith(".cu"):
         return [file]
-    if test is properties.test_sort_by_expert_many_chunks:
-        return [SORT]
-    if test is properties.test_grouped_gemm:
-        return ["csrc/cuda/grouped_gemm_any_f32.cu"]
     if test in (properties.test_toy_scan, properties.test_toy_divide, properties.test_toy_tiles):
         return [TOYS, BESIDE]
-    kernel = "sm90_f16" if "wgmma" in f"{file} {old}".lower() else "f16"
-    return [f"csrc/cuda/grouped_gemm_{kernel}.cu"]
+    if test is properties.test_sort_by_expert_many_chunks:
+        return [SORT]
+    return [ANY_F32] if test is properties.test_grouped_gemm else [MMA_F16]
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +220,7 @@ def programs(request):
     build()  # what all have in common
 
     def build_with(bug):
-        file, old, new, _ = PLANTED[bug]
+        file, old, new, *_ = PLANTED[bug]
         return build(Bug(file, old, new, sources_of(bug)))
 
     items = request.session.items
@@ -222,10 +232,19 @@ def programs(request):
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bug(bug, programs):
-    *_, test = PLANTED[bug]
+    test = PLANTED[bug][3]
     emulator = Emulator(programs[bug].result())
     try:
         with pytest.raises((AssertionError, EmulatorError, pytest.fail.Exception)):
             test(emulator)
+    finally:
+        emulator.close()
+
+
+def test_no_bug():
+    """The same program with nothing planted passes: what is seen above is the bugs' doing."""
+    emulator = Emulator(build(Bug(TILES, "", "", [BESIDE, MMA_F16, WGMMA_F16])))
+    try:
+        properties.test_grouped_gemm_second_waits(emulator)
     finally:
         emulator.close()

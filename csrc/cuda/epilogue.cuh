@@ -54,6 +54,7 @@ __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert
     float values[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
+      // Past the last column the first, whose bias is there.
       const int64_t column = first_column + (i < count ? j + i : 0);
       const auto at = [&](bool up) { return p.bias.data ? bias_at(p, expert, column, up) : 0; };
       const float gate = product(row, j + i, false);

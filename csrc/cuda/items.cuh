@@ -33,9 +33,9 @@ class Items {
   __device__ Item find(unsigned number, const uint4& looked) const {
     if (!has(number)) return {};
     const unsigned column_tile = number - column_tiles_.divide(number) * column_tiles_.value;
-    const auto [expert, begin, rows, first_place, tiles, units, longer] =
+    const auto [expert, begin, rows, listed, tiles, units, longer] =
         reinterpret_cast<const RowTile&>(looked);
-    const unsigned in_group = first_place * column_tiles_.value + column_tile;
+    const unsigned in_group = listed * column_tiles_.value + column_tile;
     // Most groups are of one tile where tokens are few: nothing waits for a division then.
     const unsigned column = tiles > 1 ? in_group / tiles : in_group;
     const int place = static_cast<int>(in_group - column * tiles);

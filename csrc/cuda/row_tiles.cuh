@@ -11,19 +11,21 @@ __device__ __forceinline__ int clamped_offset(const int32_t* offsets, int64_t e,
 }
 
 // Writes the `count` tiles of an expert with so many rows, from that number on, in groups as equal
-// as can be. By one thread: a tile takes a few cycles here, and thousands in the products.
+// as can be. By one thread: a tile takes a few cycles here, and thousands in the products; but a
+// division shows where tokens are few, and most experts there need none.
 __device__ __forceinline__ void write_row_tiles(const RowTiles& tiles, int expert, int begin,
                                                 int rows, int count, int64_t number) {
   const int groups = (count + tiles.group - 1) / tiles.group;
   const int most = count > tiles.group ? (count + groups - 1) / groups : count;
-  const int all = (rows + (1 << tiles.unit_log2) - 1) >> tiles.unit_log2;
+  const int all = (0u + rows + (1 << tiles.unit_log2) - 1) >> tiles.unit_log2;
   const int units = count == all ? 1 : count == 1 ? all : all / count, longer = all - count * units;
   // Of the expert's rows, those before a tile.
   const auto before = [&](int i) {
-    return min((i * units + min(i, longer)) << tiles.unit_log2, rows);
+    return i < count ? (i * units + min(i, longer)) << tiles.unit_log2 : rows;
   };
-  for (int i = 0; i < count; ++i) {
-    const int first = count > most ? i / most * most : 0, end = min(first + most, count);
+  for (int i = 0, first = 0; i < count; ++i) {
+    if (i == first + most) first = i;
+    const int end = min(first + most, count);
     RowTile tile{expert, begin + before(first), before(end) - before(first)};
     tile.place = i - first;
     tile.tiles = end - first;

@@ -125,7 +125,7 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns, b
          most(tiles.height) * ceil_div(columns, narrowest(tiles.height)) < device.sm_count) {
     tiles.height = tiles.height > 128 ? 128 : tiles.height > 64 ? 64 : tiles.height / 2;
   }
-  // As many as all warps of a tile, in two rows of them at most, or each warpgroup take at once.
+  // What two rows of warps take at once, or a warpgroup; it divides the height.
   tiles.unit_log2 = wgmma && tiles.height >= 128 ? 6 : tiles.height < 32 ? 4 : 5;
   // No host knows the routing: every expert may end with a tile of its own.
   tiles.most = static_cast<int>(most(tiles.height));

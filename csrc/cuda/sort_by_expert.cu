@@ -23,11 +23,12 @@
 namespace simple_moe::cuda {
 namespace {
 
-// A warp's next kBatch slots in registers: their loads are in flight at once.
+// A warp's next slots in registers, so many a lane: their loads are in flight at once.
+template <int kOfLane>
 struct Slots {
   __device__ Slots(const SortByExpert& p, int64_t first, int64_t end) {
 #pragma unroll
-    for (int i = 0; i < kSlotsOfLane; ++i) {
+    for (int i = 0; i < kOfLane; ++i) {
       const int64_t slot = first + 32 * i + threadIdx.x % 32;
       bin[i] = slot < end ? static_cast<int>(local_expert(p.ids, slot)) : -1;
       weight[i] = slot < end && p.source_rows ? load_float(p.topk_weights, slot) : 0.0f;
@@ -36,22 +37,23 @@ struct Slots {
 
   __device__ void add_to(int32_t* counts) const {
 #pragma unroll
-    for (int i = 0; i < kSlotsOfLane; ++i) {
+    for (int i = 0; i < kOfLane; ++i) {
       if (bin[i] >= 0) atomicAdd(&counts[bin[i]], 1);
     }
   }
 
-  // In order: those of one bin go to consecutive places, from places[bin] on, which moves on.
-  __device__ void scatter(const SortByExpert& p, int64_t first, int64_t end,
+  // In order: those of one bin go to consecutive places, from where the bin's begin and
+  // places[bin] say on, which moves on.
+  __device__ void scatter(const SortByExpert& p, int64_t first, int64_t end, const int32_t* begins,
                           int32_t* places) const {
 #pragma unroll
-    for (int i = 0; i < kSlotsOfLane; ++i) {
+    for (int i = 0; i < kOfLane; ++i) {
       if (first + 32 * i >= end) break;
       const auto slot = static_cast<int32_t>(first + 32 * i + threadIdx.x % 32);
       const unsigned peers = __match_any_sync(0xffffffffu, bin[i]);
       const int rank = __popc(peers & ((1u << threadIdx.x % 32) - 1));
       if (bin[i] >= 0) {
-        const int place = places[bin[i]] + rank;
+        const int place = begins[bin[i]] + places[bin[i]] + rank;
         p.sorted_slots[place] = slot;
         if (p.source_rows) {
           p.source_rows[place] = slot / p.topk;
@@ -64,8 +66,8 @@ struct Slots {
     }
   }
 
-  int bin[kSlotsOfLane];  // -1 past the end
-  float weight[kSlotsOfLane];
+  int bin[kOfLane];  // -1 past the end
+  float weight[kOfLane];
 };
 
 // By one warp, of its own chunk.
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(32 * kChunksOfBlock, 16)
   int32_t* const counts = plan.places_in_smem ? smem : to;
   clear(counts, bins);
   for (int64_t first = chunk * plan.length; first < end; first += kBatch) {
-    Slots(p, first, end).add_to(counts);
+    Slots<kSlotsOfLane>(p, first, end).add_to(counts);
   }
   __syncwarp();
   for (int64_t bin = threadIdx.x % 32; plan.places_in_smem && bin < bins; bin += 32) {
@@ -99,9 +101,9 @@ __global__ void __launch_bounds__(32 * kChunksOfBlock, 16)
   }
 }
 
-// Shared memory: a block scan's totals, places [chunks_of_block][bins] if they fit and, of few
-// slots, counts [chunks][bins].
-template <bool kFew>
+// Shared memory: a block scan's totals, where bins begin and a chunk's places of each from there,
+// [1 + chunks_of_block][bins], if they fit and, of few slots, counts [chunks][bins].
+template <bool kFew, int kOfLane>
 __global__ void __launch_bounds__(32 * kMaxWarps)
     sort_kernel(const SortByExpert p, const SortPlan plan) {
   ptx::follow_earlier_kernels();
@@ -110,12 +112,13 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   const int chunk = (kFew ? 0 : first_chunk) + threadIdx.x / 32;
   int64_t* const totals = reinterpret_cast<int64_t*>(ptx::dynamic_smem());
   int32_t* const smem = reinterpret_cast<int32_t*>(totals + kMaxWarps);
-  int32_t* const places =
-      kFew || plan.places_in_smem ? smem : p.counts + (plan.chunks + first_chunk) * bins;
-  int32_t* const counts = kFew ? smem + plan.chunks_of_block * bins : p.counts;
+  const int64_t first_row = plan.chunks + blockIdx.x * (1 + plan.chunks_of_block);
+  int32_t* const begins = kFew || plan.places_in_smem ? smem : p.counts + first_row * bins;
+  int32_t* const places = begins + bins;
+  int32_t* const counts = kFew ? places + plan.chunks_of_block * bins : p.counts;
   const int64_t end = end_of_chunk(p, plan, chunk);
   int64_t first = chunk * plan.length;
-  Slots slots(p, first, kFew ? end : 0);
+  Slots<kOfLane> slots(p, first, kFew ? end : 0);
   if constexpr (kFew) {
     if (chunk < plan.chunks) {
       clear(counts + chunk * bins, bins);
@@ -144,27 +147,26 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
         in_bin += here[i];
       }
     }
-    const int tiles = height > 0 && bin < p.ids.experts ? (in_bin + height - 1) / height : 0;
+    const int tiles = height > 0 && bin < p.ids.experts ? (0u + in_bin + height - 1) / height : 0;
     const int64_t both = int64_t{tiles} << 32 | in_bin;
     int64_t of_round;
     const int64_t upto = before + block_scan(both, totals, of_round) - both;
     const auto begin = static_cast<int32_t>(upto);
     before += of_round;
     if (bin >= bins) continue;
-    for (int i = 0; i < plan.chunks_of_block; ++i) places[i * bins + bin] += begin;
+    begins[bin] = begin;
     if (blockIdx.x > 0) continue;
     p.expert_offsets[bin] = begin;
     if (tiles > 0) write_row_tiles(p.row_tiles, bin, begin, in_bin, tiles, upto >> 32);
   }
-  if (height > 0 && blockIdx.x == 0 && threadIdx.x == 0) {
+  if (height > 0 && blockIdx.x + threadIdx.x == 0)
     *p.row_tiles.head = {static_cast<int32_t>(before >> 32), {}};
-  }
   __syncthreads();
   const int of_block = chunk - first_chunk;
   if (of_block < 0 || of_block >= plan.chunks_of_block) return;
   do {
-    if constexpr (!kFew) slots = Slots(p, first, end);
-    slots.scatter(p, first, end, places + of_block * bins);
+    if constexpr (!kFew) slots = Slots<kOfLane>(p, first, end);
+    slots.scatter(p, first, end, begins, places + of_block * bins);
     first += kBatch;
   } while (!kFew && first < end);
 }
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
 int64_t sort_by_expert_counts(int64_t slots, int64_t experts) {
   const SortPlan plan = plan_sort(slots, experts);
   if (plan.few) return 0;
-  const int64_t rows = plan.places_in_smem ? 0 : plan.blocks * plan.chunks_of_block;
+  const int64_t rows = plan.places_in_smem ? 0 : plan.blocks * (plan.chunks_of_block + 1);
   return (plan.chunks + rows) * (experts + 1);
 }
 
@@ -187,7 +189,8 @@ void sort_by_expert(const SortByExpert& p, cudaStream_t stream) {
     launch<Start::kEarly>(count_kernel, plan.blocks, 32 * plan.chunks_of_block, plan.smem, stream,
                           p, plan);
   }
-  launch<Start::kEarly>(plan.few ? sort_kernel<true> : sort_kernel<false>, plan.blocks, 32 * warps,
+  const auto few = plan.length > 32 ? sort_kernel<true, kSlotsOfLane> : sort_kernel<true, 1>;
+  launch<Start::kEarly>(plan.few ? few : sort_kernel<false, kSlotsOfLane>, plan.blocks, 32 * warps,
                         plan.smem, stream, p, plan);
 }
 

@@ -10,7 +10,7 @@ namespace simple_moe::cuda {
 constexpr int kMaxWarps = 32;
 constexpr int kSlotsOfLane = 8;  // in registers
 constexpr int64_t kBatch = 32 * kSlotsOfLane;
-constexpr int64_t kSlotsOfBlock = 512;  // that a block scatters, of few
+constexpr int64_t kSlotsOfBlock = 128;  // that a block scatters, of few
 constexpr int kChunksOfBlock = 2;       // of many
 constexpr int64_t kMaxChunks = 256;
 
@@ -33,9 +33,9 @@ inline SortPlan cut_slots(int64_t slots, int64_t experts, bool few) {
   const int blocks = ceil_div(chunks, of_block);
   // No fewer for more slots, or a last, shorter piece of an input would need counts that others
   // don't.
-  const int64_t rows = few ? chunks + std::min<int64_t>(chunks, kSlotsOfBlock / 32) : of_block;
+  const int64_t places = few ? chunks + std::min<int64_t>(chunks, kSlotsOfBlock / 32) : of_block;
   const size_t totals = kMaxWarps * sizeof(int64_t);
-  const size_t smem = totals + sizeof(int32_t) * static_cast<size_t>(rows * (experts + 1));
+  const size_t smem = totals + sizeof(int32_t) * static_cast<size_t>((1 + places) * (experts + 1));
   const bool fit = smem <= device_info().smem_per_block;
   const int64_t length = ceil_div(ceil_div(slots, chunks), 32) * 32;
   return {few, chunks, of_block, blocks, length, fit, fit ? smem : totals};

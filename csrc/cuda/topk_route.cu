@@ -149,9 +149,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) topk_route_kernel(const TopkRo
     }
   }
   for (int k = lane; k < p.topk; k += 32) {  // The lane that wrote it.
-    float weight = weights[k];
-    if (p.renormalize && sum > 0) weight /= sum;
-    weights[k] = weight * p.scaling;
+    weights[k] = (p.renormalize && sum > 0 ? weights[k] / sum : weights[k]) * p.scaling;
   }
 }
 

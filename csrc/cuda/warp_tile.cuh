@@ -80,7 +80,7 @@ class WarpTile : public Accumulators<T, Shape> {
   // registers, a's into those just used. `next()` says where they are: a slot, and which 16 of its
   // k; it may wait, for the tensor cores have been given work by then. So they have when `copy()`
   // is called, the fragments are on their way, and nothing waits for its instructions. Unless kAll
-  // is true only the first `live` times 16 rows are multiplied.
+  // is true only the first `live` times 16 rows are multiplied, once at least.
   template <bool kAll, int kSet, typename Next, typename Copy>
   __device__ void multiply(int live, const Next& next, const Copy& copy) {
     multiply_row<kSet>(0);

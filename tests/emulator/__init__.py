@@ -78,7 +78,7 @@ def _run_compiler(command: list, output: Path) -> None:
 def _compile(tree: Path, source: Path, optimize: str) -> Path:
     forced = tree / "tests/emulator/emulator.h"
     texts = _with_includes(tree, source, _with_includes(tree, forced, {}))
-    output = BUILD / f"{source.stem}-{_key(FLAGS, sorted(texts.items()))}.o"
+    output = BUILD / f"{source.stem}-{_key(optimize, FLAGS, sorted(texts.items()))}.o"
     if not output.exists():
         includes = ["-I", tree / "tests/emulator/stubs", "-I", tree / "csrc", "-include", forced]
         _run_compiler(["g++", optimize, *FLAGS, *includes, "-x", "c++", "-c", source], output)

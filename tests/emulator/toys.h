@@ -21,7 +21,7 @@ void scan(const int* x, int* out, int n);
 void divide(const int* x, int* out, int n, int divisor);
 
 // out[row][column tile]: the expert whose tile it is. Other rows are left alone.
-// `row_tiles`: scratch, for rows / 16 + experts + 1 of them.
+// `row_tiles`: scratch, for rows / 64 + experts + 1 of them.
 void tiles(const int* expert_offsets, int* out, int64_t experts, int64_t rows, int column_tiles,
            int group, RowTilesHead* row_tiles);
 
