@@ -136,8 +136,8 @@ PLANTED = {
     "staged rows overwritten": (
         SUMS, "floats);\n      __syncwarp();\n      target", "floats);\n      target", whole_vectors),
     "ups in the place of gates": (
-        SUMS, "activate_gated<4>(p.activation.kind, scalars, values, ups)",
-        "activate_gated<4>(p.activation.kind, scalars, ups, values)",
+        SUMS, "activate_gated<4>(kind, scalars, values, ups)",
+        "activate_gated<4>(kind, scalars, ups, values)",
         properties.test_grouped_gemm_activation),
     "logit one too far": (
         ROUTE, "e < p.experts; e += 32) {\n    keys[e]", "e <= p.experts; e += 32) {\n    keys[e]",

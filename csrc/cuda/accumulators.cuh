@@ -6,6 +6,25 @@
 
 namespace simple_moe::cuda {
 
+// Of a warp's staged sums, rows of so many groups of 8 columns, laid out as Accumulators has them:
+// a lane takes four columns, or gates, in whose place the result goes. A call, which shapes share:
+// inlined it would be a fifth of what is compiled of a kernel.
+template <int kRows, int kGroups, int kPitch, int kOddAt>
+static __device__ __noinline__ void activate_staged(Activation kind, ActivationScalars scalars,
+                                                    float* floats) {
+  constexpr int kFours = kGroups * kRows;  // of the gates, if there are
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < (is_gated(kind) ? kFours : 2 * kFours); i += 32) {
+    float* const at = floats + i % kFours / kGroups * kPitch + i % kGroups * 4;
+    auto& four = *reinterpret_cast<Vector<float, 4>*>(at + i / kFours * kOddAt);
+    auto [values] = four;
+    auto [ups] = *reinterpret_cast<const Vector<float, 4>*>(at + kOddAt);
+    is_gated(kind) ? activate_gated<4>(kind, scalars, values, ups) : activate<4>(kind, values);
+    four = {values[0], values[1], values[2], values[3]};
+  }
+  __syncwarp();  // The activations are there.
+}
+
 // A warp's part of a tile. Lane l has, of each 16 rows and 8 columns, two columns from l % 4 * 2 on
 // of rows l / 4 and l / 4 + 8.
 template <typename T, typename Shape_>
@@ -56,7 +75,8 @@ class Accumulators {
       if (p.bias.data) add_staged_bias(p, item, piece, floats);
       const Activation kind = p.activation.kind;
       if (kind != Activation::kSwiglu && kind != Activation::kIdentity) {
-        activate_staged(p, item, floats);
+        activate_staged<Shape::kStagedRows, kStagedJ, Shape::kStagedPitch, kOddAt>(
+            kind, scalars_of(p.activation, item.expert), floats);
       }
       kind == Activation::kSwiglu ? store<true, true>(p, item, piece, target, floats)
       : is_gated(kind)            ? store<true, false>(p, item, piece, target, floats)
@@ -111,24 +131,6 @@ class Accumulators {
       for (int row = 0; row < Shape::kStagedRows; ++row) to[row * Shape::kStagedPitch] += bias;
     }
     __syncwarp();  // The bias is there.
-  }
-
-  // A lane four columns, or gates, in whose place the result goes.
-  __device__ static void activate_staged(const GroupedGemm& p, const Item& item, float* floats) {
-    constexpr int kFours = kStagedJ * Shape::kStagedRows;  // of the gates, if there are
-    const ActivationScalars scalars = scalars_of(p.activation, item.expert);
-    const bool gated = is_gated(p.activation.kind);
-#pragma unroll 1
-    for (int i = threadIdx.x % 32; i < (gated ? kFours : 2 * kFours); i += 32) {
-      float* const at = floats + i % kFours / kStagedJ * Shape::kStagedPitch + i % kStagedJ * 4;
-      auto& four = *reinterpret_cast<Vector<float, 4>*>(at + i / kFours * kOddAt);
-      auto [values] = four;
-      auto [ups] = *reinterpret_cast<const Vector<float, 4>*>(at + kOddAt);
-      gated ? activate_gated<4>(p.activation.kind, scalars, values, ups)
-            : activate<4>(p.activation.kind, values);
-      four = {values[0], values[1], values[2], values[3]};
-    }
-    __syncwarp();  // The activations are there.
   }
 
   __device__ static int column_of_piece(int piece) {
