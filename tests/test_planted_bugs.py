@@ -242,7 +242,7 @@ def test_planted_bug(bug, programs):
 
 
 def test_no_bug():
-    """The same program with nothing planted passes: what is seen above is the bugs' doing."""
+    """Such a program with nothing planted passes: what is seen above is the bugs' doing."""
     emulator = Emulator(build(Bug(TILES, "", "", [BESIDE, MMA_F16, WGMMA_F16])))
     try:
         properties.test_grouped_gemm_second_waits(emulator)

@@ -17,6 +17,7 @@ __device__ __forceinline__ void write_row_tiles(const RowTiles& tiles, int exper
                                                 int rows, int count, int64_t number) {
   const int groups = (count + tiles.group - 1) / tiles.group;
   const int most = count > tiles.group ? (count + groups - 1) / groups : count;
+  // Unsigned: there may be nearly 2^31.
   const int all = (0u + rows + (1 << tiles.unit_log2) - 1) >> tiles.unit_log2;
   const int units = count == all ? 1 : count == 1 ? all : all / count, longer = all - count * units;
   // Of the expert's rows, those before a tile.

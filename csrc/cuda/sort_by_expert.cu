@@ -147,6 +147,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
         in_bin += here[i];
       }
     }
+    // Unsigned: there may be nearly 2^31.
     const int tiles = height > 0 && bin < p.ids.experts ? (0u + in_bin + height - 1) / height : 0;
     const int64_t both = int64_t{tiles} << 32 | in_bin;
     int64_t of_round;
