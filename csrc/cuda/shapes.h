@@ -4,7 +4,8 @@
 // An expert's mean number of rows decides the height. Few rows: the product waits for the weights,
 // and what counts is bytes in flight and enough tiles for every multiprocessor; padding is free.
 // Many rows: it waits for the tensor cores, and what counts is how often a byte that came from L2
-// is used, so the largest tile that fits; the highest where most experts then need one tile.
+// is used, so the largest tile that fits; by wgmma the highest where most experts then need one
+// tile.
 #pragma once
 
 #include <cstddef>
