@@ -236,7 +236,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--routing", choices=["uniform", "zipf"], default="uniform")
     parser.add_argument("--backends", nargs="+", choices=backends,
                         help="the first is compared with the peers (default: all but cublas)")  # fmt: skip
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["grouped_mm"])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS),
+                        help="timed too (default: all that can be imported)")  # fmt: skip
     parser.add_argument("--batch-invariant", action="store_true", help="and what it costs")
     parser.add_argument("--skew", action=argparse.BooleanOptionalAction, default=True,
                         help=f"what Zipf routing costs, from {SKEW_FROM} tokens up")  # fmt: skip
