@@ -45,7 +45,8 @@ def plan(layer, tokens: int, gpu: Gpu) -> list[dict]:
 def shape(tile: dict) -> str:
     if "threads" in tile:
         return f"1x{tile['cols']} by {tile['threads']}"
-    return "x".join(str(tile[key]) for key in ("rows", "cols", "depth", "stages"))
+    parts = f" in {tile['parts']} parts" if tile["parts"] > 1 else ""
+    return "x".join(str(tile[key]) for key in ("rows", "cols", "depth", "stages")) + parts
 
 
 def floor(layer, tokens: int, gpu: Gpu) -> tuple[float, float]:

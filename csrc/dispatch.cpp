@@ -39,12 +39,16 @@ bool Place::topk_route_needs_keys(const TopkRoute& p) const {
 int64_t Place::sort_by_expert_counts(int64_t slots, int64_t experts) const {
   return on_cuda() ? cuda::sort_by_expert_counts(slots, experts) : 0;
 }
-RowTiles Place::plan_row_tiles(int64_t rows, int64_t experts, int64_t columns, bool wgmma) const {
-  if (!on_cuda() || rows == 0 || columns == 0) return {};
-  return cuda::plan_row_tiles(rows, experts, columns, wgmma);
+RowTiles Place::plan_row_tiles(int64_t rows, int64_t experts, int64_t first_n, int64_t second_n,
+                               bool may_split, bool wgmma) const {
+  if (!on_cuda() || rows == 0 || first_n == 0 || second_n == 0) return {};
+  return cuda::plan_row_tiles(rows, experts, first_n, second_n, may_split, wgmma);
 }
 bool Place::grouped_gemv_suits(const GroupedGemm& p) const {
   return on_cuda() && cuda::grouped_gemv_suits(p);
+}
+bool Place::reads_whole_vectors(const GroupedGemm& p) const {
+  return on_cuda() && cuda::reads_whole_vectors(p);
 }
 void Place::grouped_gemv(const GroupedGemm& p) const { cuda::grouped_gemv(p, stream()); }
 void Place::row_tiles(const GroupedGemm& p) const {
@@ -53,8 +57,9 @@ void Place::row_tiles(const GroupedGemm& p) const {
 #else
 bool Place::topk_route_needs_keys(const TopkRoute&) const { return false; }
 int64_t Place::sort_by_expert_counts(int64_t, int64_t) const { return 0; }
-RowTiles Place::plan_row_tiles(int64_t, int64_t, int64_t, bool) const { return {}; }
+RowTiles Place::plan_row_tiles(int64_t, int64_t, int64_t, int64_t, bool, bool) const { return {}; }
 bool Place::grouped_gemv_suits(const GroupedGemm&) const { return false; }
+bool Place::reads_whole_vectors(const GroupedGemm&) const { return false; }
 void Place::grouped_gemv(const GroupedGemm&) const {}
 void Place::row_tiles(const GroupedGemm&) const {}
 #endif

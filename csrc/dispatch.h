@@ -24,12 +24,15 @@ class Place {
   Stream stream() const { return stream_; }  // The current one.
 
   // Scratch that the CPU needs none of. Row tiles have height 0 there.
-  RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns, bool wgmma) const;
+  RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t first_n, int64_t second_n,
+                          bool may_split, bool wgmma) const;
   bool topk_route_needs_keys(const TopkRoute& p) const;
   int64_t sort_by_expert_counts(int64_t slots, int64_t experts) const;
 
   // Whether grouped_gemv is there, and the best for this product.
   bool grouped_gemv_suits(const GroupedGemm& p) const;
+  // Whether k may be split.
+  bool reads_whole_vectors(const GroupedGemm& p) const;
 
   // The primitives, but for grouped_gemm: there is a choice of those, in backends.h.
   void topk_route(const TopkRoute& p) const;

@@ -125,13 +125,13 @@ class Arrays {
 // What the work on a chunk takes. `routing`: what the sort makes for the products, if there is one.
 struct Workspace {
   Workspace(const Place& place, const Backend& backend, const Layer& layer, int64_t tokens,
-            bool sorted)
+            bool sorted, bool may_split)
       : sorted(sorted) {
     const int64_t slots = tokens * layer.topk, element = element_size(layer.dtype);
     h1_at = rows.add(element * slots * layer.intermediate);
     if (!sorted) return;
-    const int64_t columns = layer.hidden < layer.intermediate ? layer.hidden : layer.intermediate;
-    tiles = place.plan_row_tiles(slots, layer.experts, columns, backend.wgmma);
+    tiles = place.plan_row_tiles(slots, layer.experts, layer.intermediate, layer.hidden, may_split,
+                                 backend.wgmma);
     tiles_at = routing.add(tiles.bytes());
     sorted_slots_at = routing.add(4 * slots);
     source_rows_at = routing.add(4 * slots);
@@ -139,11 +139,14 @@ struct Workspace {
     progress_at = routing.add(tiles.overlap ? 4 * slots : 0);
     expert_offsets_at = routing.add(4 * (layer.experts + 1));
     counts_at = routing.add(4 * place.sort_by_expert_counts(slots, layer.experts));
-    h2_at = rows.add(element * slots * layer.hidden);
+    h2_dtype = tiles.split_log2 > 0 ? DType::kFloat32 : layer.dtype;
+    h2_at = rows.add((static_cast<int64_t>(element_size(h2_dtype)) << tiles.split_log2) * slots *
+                     layer.hidden);
   }
 
   bool sorted;
   RowTiles tiles;
+  DType h2_dtype{};
   Arrays routing, rows;
   int64_t tiles_at = 0, sorted_slots_at = 0, source_rows_at = 0, row_weights_at = 0,
           progress_at = 0, expert_offsets_at = 0, counts_at = 0, h1_at, h2_at = 0;
@@ -208,20 +211,25 @@ void run_chunk(const Inputs& in, const Place& place, const Backend& backend,
   first.source_rows = sort.source_rows;
   backend.grouped_gemm(first, place.stream());
 
+  second.split_log2 = workspace.tiles.split_log2;
+  second.k >>= second.split_log2;
+  second.out_stride <<= second.split_log2;
   second.out_rows = sort.sorted_slots;
   second.row_weights = Floats{sort.row_weights};
   second.out = rows.at<void>(workspace.h2_at);
+  second.out_dtype = workspace.h2_dtype;
   backend.grouped_gemm(second, place.stream());
 
   const Combine sum{
-      .dtype = layer.dtype,
+      .dtype = second.out_dtype,
       .out_dtype = out_dtype,
       .expert_out = second.out,
-      .expert_out_stride = second.out_stride,
+      .expert_out_stride = layer.hidden,
+      .split_log2 = second.split_log2,
       .tokens = tokens,
       .hidden = layer.hidden,
       .rows = slots,
-      .topk = first.topk,
+      .topk = first.topk << second.split_log2,
       .weights = {},
       .ids = first.ids,
       .sorted_slots = nullptr,
@@ -254,14 +262,16 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
   constexpr int64_t kMost = int64_t{3} << 30;
   const bool apart = !overlaps_another(a, out);
   const Inputs in(a, layer, out);
-  // grouped_gemv adds in an order of its own.
-  const bool sorted = a.batch_invariant || !backend.leaves_few_tokens_to_grouped_gemv ||
-                      !place.grouped_gemv_suits(in.first) || !place.grouped_gemv_suits(in.second);
-  Workspace workspace(place, backend, layer, layer.tokens, sorted);
+  // grouped_gemv adds in an order of its own, and so does a product whose k is split.
+  const bool any_order = !a.batch_invariant && backend.adds_few_rows_in_any_order;
+  const bool sorted =
+      !any_order || !place.grouped_gemv_suits(in.first) || !place.grouped_gemv_suits(in.second);
+  const bool may_split = any_order && place.reads_whole_vectors(in.second);
+  Workspace workspace(place, backend, layer, layer.tokens, sorted, may_split);
   const int64_t chunks =
       apart ? (workspace.rows.bytes() + workspace.routing.bytes() + kMost - 1) / kMost : 1;
   const int64_t step = (layer.tokens + chunks - 1) / chunks;
-  if (step < layer.tokens) workspace = Workspace(place, backend, layer, step, sorted);
+  if (step < layer.tokens) workspace = Workspace(place, backend, layer, step, sorted, may_split);
 
   // The routing lies in the chunk's rows of `out` where even the last chunk has room for it.
   const int64_t rows_bytes = workspace.rows.bytes();

@@ -38,7 +38,7 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
   const ExpertMatrices b_matrices = expert_matrices_of(b);
   const Tensor offsets = contiguous_of(expert_offsets);
   const auto biases = contiguous_of(bias);
-  RowTiles tiles = place.plan_row_tiles(rows, experts, n, chosen.wgmma);
+  RowTiles tiles = place.plan_row_tiles(rows, experts, n, n, false, chosen.wgmma);
   const Tensor tiles_memory = empty(a, {tiles.bytes()}, ScalarType::Byte);
   tiles.head = static_cast<RowTilesHead*>(tiles_memory.mutable_data_ptr());
   const GroupedGemm p{

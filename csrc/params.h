@@ -126,6 +126,7 @@ struct RowTiles {
   // has ended. Then [rows], else null: at a tile's first row, how many columns are written.
   bool overlap = false;
   int32_t* progress = nullptr;
+  int split_log2 = 0;  // of a layer's second product
 
   int64_t bytes() const { return (most + 1) * static_cast<int64_t>(sizeof(RowTile)); }
   SIMPLE_MOE_HOST_DEVICE RowTile* data() const { return reinterpret_cast<RowTile*>(head + 1); }
@@ -157,6 +158,9 @@ struct GroupedGemm {
   int64_t a_stride;  // elements between rows; the columns are contiguous
   int64_t rows;      // of out
   int64_t n, k;      // columns of out; length of the dot products
+  // A product may be split: k is then that of a part, of 2^split_log2, whose sums are apart in out,
+  // [rows, parts, n] in float32; a bias is in the first.
+  int split_log2 = 0;
   int64_t experts;
   const int32_t* expert_offsets;  // [experts + 1]; malformed ones are clamped
   const int32_t* source_rows;     // [rows] or null: row r is made of a's row r
@@ -197,8 +201,9 @@ struct GroupedGemmWgrad {
 // one.
 struct Combine {
   DType dtype, out_dtype;
-  const void* expert_out;  // [rows, hidden]
+  const void* expert_out;  // [rows, hidden], or [rows, 2^split_log2, hidden], all to be summed
   int64_t expert_out_stride;
+  int split_log2 = 0;  // in the slots' order alone
   int64_t tokens, hidden, rows;
   int topk;
   Floats weights;  // [tokens, topk], or null: the rows are weighted already

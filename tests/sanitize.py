@@ -42,10 +42,12 @@ def main(names: list[str]) -> None:
             (220, "contiguous", "skewed", 264),
             (400, "contiguous", "skewed", 264),
             (2000, "contiguous", "skewed", 72),
+            (18, "contiguous", "masked", 64),  # k of the second product in two parts
         ):
             case = MoeCase(
                 tokens=tokens, layout=layout, routing=routing, hidden=hidden, dtype=dtype,
-                intermediate=hidden if tokens > 1 else 72, bias="float32", ids_dtype=torch.int64,
+                intermediate=72 if tokens == 1 else 1040 if hidden == 64 else hidden,
+                bias="float32", ids_dtype=torch.int64,
             )  # fmt: skip
             arguments = case.arguments("cuda")
             expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)

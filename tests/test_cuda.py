@@ -11,8 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DTYPES, TOLERANCE, assert_accurate, assert_same_bits, require_gradients
-from hypothesis import example, given, settings
+from helpers import (
+    DTYPES,
+    TOLERANCE,
+    assert_accurate,
+    assert_same_bits,
+    require_gradients,
+    tolerance_of,
+)
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from strategies import CombineCase, GemmCase, MoeCase, RouteCase, lay_out
 
@@ -266,13 +273,14 @@ def test_sm90_adds_as_sm80_does(sm90, dtype, spread):
     assert_same_bits(moe_ops.grouped_gemm(a, b, offsets, backend="sm90"), expected)
 
 
-def planned(case, sms: int) -> tuple[int, int]:
-    """The rows and columns of the tile that shapes.h plans for a layer's second product."""
+def planned(case, sms: int) -> tuple[int, int, int]:
+    """The rows and columns of the tile that shapes.h plans for a layer's second product, and in how
+    many parts its k is split."""
     plan = ctypes.CDLL(str(_library.PATH)).simple_moe_plan
     plan.restype = ctypes.c_char_p
     plan.argtypes = [ctypes.c_int64] * 5 + [ctypes.c_int] * 3
     tiles = plan(case.tokens, case.topk, case.experts, case.hidden, case.intermediate, 1, sms, 227)
-    return json.loads(tiles)[1]["rows"], json.loads(tiles)[1]["cols"]
+    return tuple(json.loads(tiles)[1][key] for key in ("rows", "cols", "parts"))
 
 
 def case_of_the_highest_tiles(cols: int, sms: int) -> MoeCase:
@@ -281,7 +289,7 @@ def case_of_the_highest_tiles(cols: int, sms: int) -> MoeCase:
     hidden = 128 * (sms // 14 + 1) if cols == 128 else 56 * sms
     case = MoeCase(tokens=600, topk=2, experts=8, hidden=hidden, intermediate=2048, bias="float32",
                    dtype=torch.bfloat16)  # fmt: skip
-    assert planned(case, sms) == (160, cols)
+    assert planned(case, sms) == (160, cols, 1)
     return case
 
 
@@ -301,6 +309,61 @@ def test_the_height_of_tiles_follows_the_rows_of_an_expert():
     assert planned_rows == {
         8: 16, 24: 32, 40: 64, 64: 96, 100: 160, 200: 160, 256: 160, 512: 160, 1024: 160
     }  # fmt: skip
+
+
+# Few experts and columns, so few tiles.
+FEW_TILES = MoeCase(
+    tokens=128, topk=2, experts=8, hidden=512, intermediate=2048, dtype=torch.bfloat16
+)
+
+
+@pytest.mark.skipif(not _library.build_info()["cuda_targets"], reason="needs a build with CUDA")
+def test_k_is_split_where_tiles_are_few():
+    parts = {
+        tokens: planned(FEW_TILES.but(tokens=tokens), 132)[2] for tokens in (16, 128, 500, 2000)
+    }
+    assert parts == {16: 2, 128: 4, 500: 2, 2000: 1}
+    for other in (dict(hidden=1032), dict(intermediate=2056), dict(hidden=64, intermediate=256)):
+        assert planned(FEW_TILES.but(**other), 132)[2] == 1
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    case=st.builds(
+        MoeCase,
+        tokens=st.integers(2, 900),
+        topk=st.integers(1, 3),
+        experts=st.integers(2, 9),
+        hidden=st.sampled_from([72, 264, 512]),
+        intermediate=st.sampled_from([1040, 2048, 4128]),
+        dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+        routing=st.sampled_from(["uniform", "skewed", "masked", "idle", "one_hot", "duplicated"]),
+        activation=st.sampled_from(["swiglu", "swiglu_oai", "gelu"]),
+        bias=st.sampled_from([None, "float32", "as x"]),
+        output_dtype=st.sampled_from([None, torch.float32]),
+        expert_offset=st.sampled_from([0, 3]),
+        seed=st.integers(0, 1 << 30),
+    )
+)
+@example(FEW_TILES)
+@example(FEW_TILES.but(tokens=500, bias="float32", routing="masked"))
+def test_split_k(cuda, case):
+    """By both backends alike; in any order of the tokens; not where the bits mustn't depend on how
+    many they are."""
+    arguments = case.arguments(cuda)
+    out = moe_ops.fused_moe(**arguments, backend="sm80")
+    expected = reference.fused_moe(
+        **arguments | dict(output_dtype=torch.float64), compute_dtype=torch.float64
+    )
+    assert_accurate(out, expected, tolerance_of(case.dtype, case.output_dtype))
+    assert_same_bits(moe_ops.fused_moe(**arguments), out)
+    order = torch.randperm(case.tokens, generator=torch.Generator().manual_seed(0)).to(cuda)
+    permuted = {k: arguments[k][order] for k in ("x", "topk_weights", "topk_ids")}
+    assert_same_bits(moe_ops.fused_moe(**arguments | permuted), out[order])
+    whole = moe_ops.fused_moe(**arguments, batch_invariant=True)
+    half = {k: v[: case.tokens // 2] for k, v in permuted.items()}
+    of_half = moe_ops.fused_moe(**arguments | half, batch_invariant=True)
+    assert_same_bits(of_half, whole[order[: case.tokens // 2]])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "misaligned", "transposed"])
@@ -402,10 +465,11 @@ def test_long_inputs_go_in_chunks(cuda):
     assert_same_bits(x, out)
 
 
+@pytest.mark.parametrize(("hidden", "intermediate"), [(2048, 512), (512, 2048)])
 @pytest.mark.parametrize("tokens", [1, 2, 65, 3000])
-def test_the_workspace_is_as_documented(tokens, cuda):
+def test_the_workspace_is_as_documented(tokens, hidden, intermediate, cuda):
     """What the sort makes lies in `out`: beside it there are two products."""
-    topk, experts, hidden, intermediate = 8, 16, 2048, 512
+    topk, experts = 8, 16
     x = torch.randn(tokens, hidden, device=cuda, dtype=torch.bfloat16)
     w1 = torch.randn(experts, 2 * intermediate, hidden, device=cuda).div(45).bfloat16()
     w2 = torch.randn(experts, hidden, intermediate, device=cuda).div(22).bfloat16()
@@ -414,7 +478,9 @@ def test_the_workspace_is_as_documented(tokens, cuda):
     torch.cuda.reset_peak_memory_stats()
     out = moe_ops.fused_moe(x, w1, w2, weights, ids)
     used = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before - out.nbytes
-    assert used <= tokens * topk * (hidden + intermediate) * x.element_size()
+    # Where k is split the second product takes as much as the first with both its branches would.
+    widest = 2 * intermediate if hidden < intermediate else hidden
+    assert used <= tokens * topk * (widest + intermediate) * x.element_size()
 
 
 SMALL = """

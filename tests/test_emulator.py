@@ -284,7 +284,7 @@ def gemms_of_whole_vectors(draw):
         k=draw(multiples),
         experts=experts,
         dtype=draw(st.sampled_from([torch.float16, torch.bfloat16])),
-        out_dtype=None,
+        out_dtype=draw(st.sampled_from([None, torch.float32])),
         offsets=draw(OFFSETS),
         gathered=draw(st.booleans()),
         weighted=draw(st.booleans()),
@@ -367,6 +367,7 @@ def gemm_places(case):
         **{x: case[x] for x in ("out_dtype", "out_padding", "zero_other_rows")},
         columns=case.get("columns"),
         sm90=case.get("sm90", False),
+        split_log2=case.get("split_log2", 0),
     )
 
 
@@ -389,7 +390,8 @@ def check_grouped_gemm(emulator, case, seed, machine):
     machine = machine_for(case, machine)
     a, b, offsets, held, arguments = gemm_inputs(case, Random(seed))
     out = twice(emulator.grouped_gemm, a, b, offsets, **arguments, **gemm_places(case), **machine)
-    out = gathered(out, **arguments)
+    # Where k is split a row's sums lie side by side.
+    out = gathered(out.unflatten(1, (1 << case.get("split_log2", 0), -1)).sum(1), **arguments)
     expected = gemm_reference(a, b, offsets, **arguments)
     assert torch.equal(out[held], expected[held].to(out.dtype))
     check_unheld_rows(out, held, case["zero_other_rows"])
@@ -410,10 +412,15 @@ FEW_ROWS = WGMMA | dict(rows=500, n=72, k=72, experts=8, offsets="skewed", sm90=
 
 
 @examples(30)
-@given(gemms_of_whole_vectors(), SEEDS, MACHINES)
-@example(WGMMA, 0, dict(seed=0, sm_count=1))
-@example(FEW_ROWS, 0, dict(seed=0, sm_count=1))
-def test_grouped_gemm_of_whole_vectors(emulator, case, seed, machine):
+@given(gemms_of_whole_vectors(), st.sampled_from([0, 0, 1, 2]), SEEDS, MACHINES)
+@example(WGMMA, 0, 0, dict(seed=0, sm_count=1))
+@example(WGMMA | dict(bias="float32"), 1, 0, dict(seed=0, sm_count=1))
+@example(FEW_ROWS, 0, 0, dict(seed=0, sm_count=1))
+@example(FEW_ROWS | dict(bias="float32"), 2, 0, dict(seed=0, sm_count=1))
+def test_grouped_gemm_of_whole_vectors(emulator, case, split_log2, seed, machine):
+    if split_log2:  # k in so many parts
+        case = case | dict(k=case["k"] << split_log2, split_log2=split_log2,
+                           out_dtype=torch.float32, zero_other_rows=False)  # fmt: skip
     check_grouped_gemm(emulator, case, seed, machine)
 
 
@@ -460,6 +467,8 @@ def test_grouped_gemm_second_waits(emulator, case, vectors, gated, seed, machine
     that: by nothing less."""
     random, n = Random(seed), case["n"]
     whole = "sm90" in case  # vectors, in both products
+    if whole:
+        case = case | dict(out_dtype=None)
     case = case | dict(scattered=False, zero_other_rows=False, columns=case["columns"] or n)
     a, b, offsets, held, arguments = gemm_inputs(case, random, 2 if gated else 1)
     places = gemm_places(case) | machine_for(case, machine)
@@ -475,7 +484,10 @@ def test_grouped_gemm_second_waits(emulator, case, vectors, gated, seed, machine
     places = machine_for(case, machine) | dict(
         rows=case["rows"], columns=case["columns"], sm90=places["sm90"], is_second=True,
         zero_other_rows=False)  # fmt: skip
+    if whole and n % 16 == 0:
+        places |= dict(split_log2=1, out_dtype=torch.float32)
     out = twice(emulator.grouped_gemm, h, b, offsets, progress=progress, **places)
+    out = out.unflatten(1, (1 << places.get("split_log2", 0), -1)).sum(1)
     expected = gemm_reference(h, b, offsets, rows=case["rows"])
     tolerance = EPSILON[out.dtype]
     torch.testing.assert_close(out[held].double(), expected[held], rtol=tolerance, atol=tolerance)
@@ -658,9 +670,11 @@ def test_combine_in_the_slots_order(emulator, data, dtype, seed, machine):
     ids_dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
     ids = random.integers(tokens, topk, low=-1, high=experts, dtype=ids_dtype) + expert_offset
     held = (ids >= expert_offset) & (ids < expert_offset + experts)
-    expert_out = random.integers(tokens * topk, hidden, dtype=dtype)
-    expert_out[~held.flatten()] = torch.nan
-    out = twice(emulator.combine, expert_out, None, tokens=tokens, topk=topk, topk_ids=ids,
-                experts=experts, expert_offset=expert_offset, **machine)  # fmt: skip
-    rows = expert_out.double().nan_to_num(0).view(tokens, topk, hidden)
+    split_log2 = data.draw(st.sampled_from([0, 0, 1, 2]))
+    expert_out = random.integers(tokens * topk << split_log2, hidden, dtype=dtype)
+    expert_out[~held.flatten().repeat_interleave(1 << split_log2)] = torch.nan
+    out = twice(emulator.combine, expert_out, None, tokens=tokens, topk=topk << split_log2,
+                topk_ids=ids, experts=experts, expert_offset=expert_offset,
+                split_log2=split_log2, **machine)  # fmt: skip
+    rows = expert_out.double().nan_to_num(0).view(tokens, topk << split_log2, hidden)
     assert torch.equal(out, rows.sum(1).to(dtype))

@@ -168,8 +168,19 @@ PLANTED = {
     "row not scattered, any sizes": (
         EPILOGUE, "p.out_rows ? p.out_rows[of_product]", "false ? 0", properties.test_grouped_gemm),
     "rows of others added": (
-        COMBINE, "local_expert(p.ids, slot) < p.ids.experts ?", "true ?",
+        COMBINE, "slot >> p.split_log2) < p.ids.experts ?",
+        "slot >> p.split_log2) <= p.ids.experts ?",
         properties.test_combine_in_the_slots_order),
+    "slots of parts taken for whole ones": (
+        COMBINE, "slot >> p.split_log2", "slot", properties.test_combine_in_the_slots_order),
+    "bias in every part of k": (
+        SUMS, "p.bias.data && item.part == 0", "p.bias.data", whole_vectors),
+    "the first part of k in all": (
+        COPIER, "item.part * static_cast<int>(p_.k) + k_", "k_", whole_vectors),
+    "parts in one place": (SUMS, "item.part * p.n + column", "column", whole_vectors),
+    "a part of a row waited for": (
+        COPIER, "static_cast<int>(p_.k) << p_.split_log2", "static_cast<int>(p_.k)",
+        properties.test_grouped_gemm_second_waits),
     "slots of others multiplied": (
         GEMV, "if (slot[i].expert < 0) continue;", "", properties.test_grouped_gemv),
     "vectors past the last": (
@@ -193,7 +204,7 @@ PLANTED = {
         COMBINE, "slot >= 0 && slot < p.tokens * p.topk", "slot < p.tokens * p.topk",
         properties.test_combine),
     "columns past the end": (
-        COMBINE, "left < kVector ? static_cast<int>(left) : kVector", "left ? kVector : 0",
+        COMBINE, "min(p.hidden - column, int64_t{kVector})", "p.hidden > column ? kVector : 0",
         properties.test_combine),
     "16 bytes at once anywhere": (
         COMBINE, "rows_are_aligned(p.out, p.hidden, p.out_dtype)", "true", properties.test_combine),

@@ -72,15 +72,16 @@ class Accumulators {
       const Target next = target_of(p, item, piece + 1);  // It has a piece's time to come.
       stage(piece, floats);
       __syncwarp();
-      if (p.bias.data) add_staged_bias(p, item, piece, floats);
+      if (p.bias.data && item.part == 0) add_staged_bias(p, item, piece, floats);
       const Activation kind = p.activation.kind;
       if (kind != Activation::kSwiglu && kind != Activation::kIdentity) {
         activate_staged<Shape::kStagedRows, kStagedJ, Shape::kStagedPitch, kOddAt>(
             kind, scalars_of(p.activation, item.expert), floats);
       }
-      kind == Activation::kSwiglu ? store<true, true>(p, item, piece, target, floats)
-      : is_gated(kind)            ? store<true, false>(p, item, piece, target, floats)
-                                  : store<false, false>(p, item, piece, target, floats);
+      kind == Activation::kSwiglu      ? store<T, true, true>(p, item, piece, target, floats)
+      : is_gated(kind)                 ? store<T, true, false>(p, item, piece, target, floats)
+      : p.out_dtype == DType::kFloat32 ? store<float, false, false>(p, item, piece, target, floats)
+                                       : store<T, false, false>(p, item, piece, target, floats);
       __syncwarp();
       target = next;
     }
@@ -144,7 +145,7 @@ class Accumulators {
 
   // The staged rows of a piece, some at once, a lane a vector: all columns, or those of the gates,
   // by way of kSwiglu. `target` is that of row lane % kStagedRows.
-  template <bool kGated, bool kSwiglu>
+  template <typename Out, bool kGated, bool kSwiglu>
   __device__ static void store(const GroupedGemm& p, const Item& item, int piece, Target target,
                                const float* floats) {
     constexpr int kVectors = kGated ? kStagedJ / 2 : kStagedJ;  // of a row
@@ -166,11 +167,9 @@ class Accumulators {
           const auto [ups] = *reinterpret_cast<const Vector<float>*>(from + at + kOddAt);
           activate_gated<kVector>(Activation::kSwiglu, {}, values, ups);
         }
-        *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to_row * p.out_stride + column) = {
-            ptx::pack<T>(values[0] * weight, values[1] * weight),
-            ptx::pack<T>(values[2] * weight, values[3] * weight),
-            ptx::pack<T>(values[4] * weight, values[5] * weight),
-            ptx::pack<T>(values[6] * weight, values[7] * weight)};
+        for (float& value : values) value *= weight;
+        const int64_t to = to_row * p.out_stride + item.part * p.n + column;
+        store_vector(static_cast<Out*>(p.out) + to, kVector, true, values);
       }
     }
   }

@@ -5,25 +5,18 @@
 
 namespace simple_moe {
 
-struct Sum {
-  template <typename T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-struct Max {
-  template <typename T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return a > b ? a : b;
-  }
-};
-
 // Of a value of each lane, in every lane.
-template <typename T, typename Op>
-__device__ __forceinline__ T warp_reduce(T value, Op op) {
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    value = op(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+  return value;
+}
+template <typename T>
+__device__ __forceinline__ T warp_max(T value) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    value = max(value, __shfl_xor_sync(0xffffffffu, value, lanes));
   }
   return value;
 }

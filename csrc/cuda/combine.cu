@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) fill_slot_rows_kernel(const Combine 
 // -1: it isn't there.
 __device__ __forceinline__ int row_of_slot(const Combine& p, int64_t slot) {
   if (p.expert_offsets) return p.slot_rows[slot];
-  return local_expert(p.ids, slot) < p.ids.experts ? static_cast<int>(slot) : -1;
+  return local_expert(p.ids, slot >> p.split_log2) < p.ids.experts ? static_cast<int>(slot) : -1;
 }
 
 // Adds a warp's slots to the sums of a thread's columns, `rows` on: lane i has slot i's row and
@@ -75,8 +75,7 @@ __global__ void __launch_bounds__(kThreads)
   if (!p.only_rows_are_new) ptx::wait_for_earlier_kernels();
   const int64_t token = blockIdx.x / column_blocks;
   const int64_t column = (blockIdx.x % column_blocks * blockDim.x + threadIdx.x) * kVector;
-  const int64_t left = p.hidden - column;
-  const int count = left < kVector ? static_cast<int>(left) : kVector;
+  const int count = static_cast<int>(min(p.hidden - column, int64_t{kVector}));
   const T* const rows = static_cast<const T*>(p.expert_out) + column;
   float sums[kVector] = {};
   for (int window = 0; window < p.topk; window += 32) {

@@ -51,7 +51,7 @@ class Copier {
   __device__ void wait_for_rows(const Item& item) const {
     if (p_.is_second && p_.row_tiles.progress) {
       ptx::wait_for_count(p_.row_tiles.progress + item.row_begin,
-                          item.row_count > 0 ? static_cast<int>(p_.k) : 0);
+                          item.row_count > 0 ? static_cast<int>(p_.k) << p_.split_log2 : 0);
     }
   }
 
@@ -66,7 +66,8 @@ class Copier {
     if constexpr (!kFirst) wait_for_rows(item);
     queue_.begin(begun_++);
     k_ = vector() * kVector;
-    a_ = static_cast<const char*>(p_.a) + k_ * 2;
+    const int at = item.part * static_cast<int>(p_.k) + k_;
+    a_ = static_cast<const char*>(p_.a) + at * 2;
     // How many passes have one of so many lines for this thread.
     const auto passes = [](int lines) {
       return lines > line() ? (lines - line() - 1) / Shape::kPass + 1 : 0;
@@ -80,7 +81,7 @@ class Copier {
     }
     b_ = static_cast<const char*>(p_.b) +
          (item.expert * p_.b_expert_stride +
-          row_of_line<Shape>(p_, item, line()) * p_.b_row_stride + k_) *
+          row_of_line<Shape>(p_, item, line()) * p_.b_row_stride + at) *
              2;
     const bool gated = is_gated(p_.activation.kind);
     const bool apart = gated && p_.gate_layout != GateLayout::kInterleaved;

@@ -32,9 +32,13 @@ template <typename T>
 __device__ __forceinline__ void store_vector(T* row, int count, bool aligned,
                                              const float (&values)[kVector]) {
   if (aligned && count == kVector) {
-    Vector<T> rounded;
-    for (int i = 0; i < kVector; ++i) rounded.values[i] = ptx::from_float<T>(values[i]);
-    *reinterpret_cast<Vector<T>*>(row) = rounded;
+    if constexpr (std::is_same_v<T, float>) {
+      *reinterpret_cast<Vector<T>*>(row) = reinterpret_cast<const Vector<T>&>(values);
+    } else {
+      *reinterpret_cast<uint4*>(row) = {
+          ptx::pack<T>(values[0], values[1]), ptx::pack<T>(values[2], values[3]),
+          ptx::pack<T>(values[4], values[5]), ptx::pack<T>(values[6], values[7])};
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {

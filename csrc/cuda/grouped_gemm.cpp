@@ -19,8 +19,6 @@ void launch_sm90(const GroupedGemm& p, cudaStream_t stream);
 template <typename T>
 void launch_any(const GroupedGemm& p, cudaStream_t stream);
 
-namespace {
-
 // Whether both operands are of 16 bits and come in whole vectors, as grouped_gemm.cuh and
 // grouped_gemv.cu read them. Their strides are 32 bits wide.
 bool reads_whole_vectors(const GroupedGemm& p) {
@@ -31,8 +29,11 @@ bool reads_whole_vectors(const GroupedGemm& p) {
          rows_are_aligned(p.b, p.b_expert_stride, p.dtype);
 }
 
+namespace {
+
 bool is_whole_vectors(const GroupedGemm& p) {
-  return reads_whole_vectors(p) && p.out_dtype == p.dtype &&
+  const bool full = p.out_dtype == DType::kFloat32 && !is_gated(p.activation.kind);
+  return reads_whole_vectors(p) && (p.out_dtype == p.dtype || full) &&
          rows_are_aligned(p.out, p.out_stride, p.out_dtype);
 }
 
@@ -71,9 +72,8 @@ void grouped_gemm_sm90(const GroupedGemm& p, cudaStream_t stream) {
 #endif
 
 bool grouped_gemv_suits(const GroupedGemm& p) {
-  const ProductSize size{p.rows, p.experts, p.n, p.k, is_gated(p.activation.kind)};
   return p.n > 0 && p.topk <= 1024 && reads_whole_vectors(p) &&
-         slots_go_by_themselves(size, p.rows / p.topk);
+         slots_go_by_themselves(size_of(p), p.rows / p.topk);
 }
 
 }  // namespace cuda

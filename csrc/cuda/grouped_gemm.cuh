@@ -106,7 +106,7 @@ template <typename Product>
 void launch_product(const GroupedGemm& p, cudaStream_t stream) {
   using Shape = typename Product::Shape;
   const DeviceInfo& device = device_info();
-  const int64_t columns = column_tiles(p.n, is_gated(p.activation.kind), Shape::kCols);
+  const int64_t columns = column_tiles(p, Shape::kCols);
   const int64_t items = p.row_tiles.most * columns;
   const int64_t resident = device.sm_count * resident_blocks(Shape::kTile, device);
   launch<Start::kEarly>(grouped_gemm_kernel<Product>, items < resident ? items : resident,

@@ -114,7 +114,7 @@ void launch_any_shape(const GroupedGemm& p, cudaStream_t stream) {
   const DeviceInfo& device = device_info();
   const int64_t blocks_per_sm = static_cast<int64_t>(device.smem_per_sm / (Shape::kBytes + 1024));
   const int64_t resident = device.sm_count * (blocks_per_sm < 1 ? 1 : blocks_per_sm);
-  const int64_t columns = column_tiles(p.n, is_gated(p.activation.kind), Shape::kCols);
+  const int64_t columns = column_tiles(p, Shape::kCols);
   const int64_t items = p.row_tiles.most * columns;
   const bool line_major = p.b_col_stride != 1;
   bool b_aligned = rows_are_aligned(p.b, p.b_expert_stride, p.dtype) &&

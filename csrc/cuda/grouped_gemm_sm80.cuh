@@ -18,8 +18,7 @@ void launch_shape(const GroupedGemm& p, int number, cudaStream_t stream) {
 
 template <typename T>
 void launch_sm80(const GroupedGemm& p, cudaStream_t stream) {
-  const ProductSize size{p.rows, p.experts, p.n, p.k, is_gated(p.activation.kind)};
-  launch_shape<T>(p, choose_shape(p.row_tiles, size, device_info()), stream);
+  launch_shape<T>(p, choose_shape(p.row_tiles, size_of(p), device_info()), stream);
 }
 
 }  // namespace simple_moe::cuda

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
 
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
-    sums[j] = warp_reduce(sums[j], Sum());
+    sums[j] = warp_sum(sums[j]);
     if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32 * kRows + j] = sums[j];
   }
   __syncthreads();  // the warps' sums are there

@@ -10,7 +10,9 @@ namespace simple_moe::cuda {
 
 // One output tile. The one past the last has no rows.
 struct alignas(16) Item {
-  int expert, row_begin, row_count, column_tile;
+  int expert, row_begin;
+  int16_t row_count, part;  // part: of k, where it is split
+  int column_tile;
 };
 
 // The items by their number: in sweeps over the columns of a group of row tiles, so that whatever
@@ -41,7 +43,9 @@ class Items {
     const int place = static_cast<int>(in_group - column * tiles);
     const int before = (place * units + min(place, longer)) << p_.row_tiles.unit_log2;
     const int height = (units + (place < longer)) << p_.row_tiles.unit_log2;
-    return {expert, begin + before, min(rows - before, height), static_cast<int>(column)};
+    return {expert, begin + before, static_cast<int16_t>(min(rows - before, height)),
+            static_cast<int16_t>(column & ((1u << p_.split_log2) - 1)),
+            static_cast<int>(column >> p_.split_log2)};
   }
 
  private:

@@ -9,11 +9,13 @@
 namespace simple_moe::cuda {
 namespace {
 
-void describe(std::ostream& text, const RowTiles& tiles, const ProductSize& size,
+// `parts`: of k.
+void describe(std::ostream& text, const RowTiles& tiles, const ProductSize& size, int parts,
               const DeviceInfo& device) {
   const GemmTile& tile = kShapes[choose_shape(tiles, size, device)];
   text << "{\"rows\": " << tile.rows << ", \"cols\": " << tile.cols << ", \"depth\": " << tile.depth
-       << ", \"stages\": " << tile.stages << ", \"warps\": " << tile.warps()
+       << ", \"stages\": " << tile.stages << ", \"parts\": " << parts
+       << ", \"warps\": " << tile.warps()
        << ", \"blocks_per_sm\": " << resident_blocks(tile, device)
        << ", \"most_items\": " << tiles.most * column_tiles(size.n, size.gated, tile.cols) << "}";
 }
@@ -28,8 +30,9 @@ void describe(std::ostream& text, int64_t out_rows, int64_t vectors, const Produ
 
 }  // namespace
 
-RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns, bool wgmma) {
-  return plan_row_tiles(rows, experts, columns, wgmma, device_info());
+RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t first_n, int64_t second_n,
+                        bool may_split, bool wgmma) {
+  return plan_row_tiles(rows, experts, first_n, second_n, may_split, wgmma, device_info());
 }
 
 }  // namespace simple_moe::cuda
@@ -51,7 +54,7 @@ extern "C" __attribute__((visibility("default"))) const char* simple_moe_plan(
                           .early_launch = false};
   const int64_t slots = tokens * topk;
   const ProductSize first{slots, experts, intermediate, hidden, gated != 0};
-  const ProductSize second{slots, experts, hidden, intermediate, false};
+  ProductSize second{slots, experts, hidden, intermediate, false};
   std::ostringstream text;
   text << "[";
   if (slots_go_by_themselves(first, tokens) && slots_go_by_themselves(second, tokens)) {
@@ -59,11 +62,12 @@ extern "C" __attribute__((visibility("default"))) const char* simple_moe_plan(
     text << ", ";
     describe(text, tokens, topk * intermediate / 8, second, device);
   } else {
-    const int64_t columns = hidden < intermediate ? hidden : intermediate;
-    const RowTiles tiles = plan_row_tiles(slots, experts, columns, false, device);
-    describe(text, tiles, first, device);
+    const RowTiles tiles =
+        plan_row_tiles(slots, experts, intermediate, hidden, true, false, device);
+    describe(text, tiles, first, 1, device);
     text << ", ";
-    describe(text, tiles, second, device);
+    second.n <<= tiles.split_log2;
+    describe(text, tiles, second, 1 << tiles.split_log2, device);
   }
   text << "]";
   static thread_local std::string answer;

@@ -12,15 +12,19 @@ namespace simple_moe::cuda {
 bool topk_route_needs_keys(const TopkRoute& p);
 int64_t sort_by_expert_counts(int64_t slots, int64_t experts);
 
-// The row tiles that are best for products of so many rows, the least of whose columns are
-// `columns`, by wgmma or not; all but the data, an array of one more than `most`.
-RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns, bool wgmma);
+// The row tiles that are best for a layer's two products of so many rows and columns, by wgmma or
+// not, and how the second's k, which is first_n, is split, if it may be; all but the data, an array
+// of one more than `most`.
+RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t first_n, int64_t second_n,
+                        bool may_split, bool wgmma);
 
 void topk_route(const TopkRoute& p, cudaStream_t stream);
 void sort_by_expert(const SortByExpert& p, cudaStream_t stream);
 void row_tiles(const GroupedGemm& p, cudaStream_t stream);        // p.row_tiles of p.expert_offsets
 void zero_other_rows(const GroupedGemm& p, cudaStream_t stream);  // that belong to no expert
 void grouped_gemm(const GroupedGemm& p, cudaStream_t stream);
+// Whether both operands are of 16 bits and in whole vectors, which splitting k asks for.
+bool reads_whole_vectors(const GroupedGemm& p);
 // Few tokens' slots by themselves: a product that takes no sort, where suited.
 bool grouped_gemv_suits(const GroupedGemm& p);
 void grouped_gemv(const GroupedGemm& p, cudaStream_t stream);

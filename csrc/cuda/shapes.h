@@ -53,9 +53,18 @@ struct ProductSize {
   bool gated;
 };
 
+inline ProductSize size_of(const GroupedGemm& p) {
+  return {p.rows, p.experts, p.n << p.split_log2, p.k, is_gated(p.activation.kind)};
+}
+
 inline int64_t column_tiles(int64_t n, bool gated, int cols) {
   const int64_t width = gated ? cols / 2 : cols;
   return (n + width - 1) / width;
+}
+
+// Of a product, each part of a split k for itself.
+inline int64_t column_tiles(const GroupedGemm& p, int cols) {
+  return column_tiles(p.n, is_gated(p.activation.kind), cols) << p.split_log2;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -107,10 +116,11 @@ inline bool fits(int height, const DeviceInfo& device) {
   return false;
 }
 
-// The height for a layer's products, the least of whose columns are `columns`; the sweeps over
-// them. `wgmma`: for the sm90 backend, whose tiles have 64 rows a warpgroup.
-inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns, bool wgmma,
-                               const DeviceInfo& device) {
+// The height for a layer's two products, of so many columns; the sweeps over them; how k of the
+// second, which is the first's columns, is split, if it may be. `wgmma`: for the sm90 backend,
+// whose tiles have 64 rows a warpgroup.
+inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t first_n, int64_t second_n,
+                               bool may_split, bool wgmma, const DeviceInfo& device) {
   const int64_t active = active_experts(rows, experts), mean = mean_rows(rows, experts);
   RowTiles tiles;
   const auto most = [&](int height) { return rows / height + active; };
@@ -121,9 +131,21 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns, b
   } else if (const int height = mean <= 80 ? 96 : 160; mean > 48 && fits(height, device)) {
     tiles.height = height;
   }
-  // Lower ones where there would be too few for the multiprocessors.
-  while (tiles.height > 16 &&
-         most(tiles.height) * ceil_div(columns, narrowest(tiles.height)) < device.sm_count) {
+  // Where there would be too few for the multiprocessors k is split, in long parts, whose sums in
+  // float32 take no more memory than the first product's two branches would. Both backends split
+  // alike.
+  const int low = tiles.height < 64 ? tiles.height : 64;
+  const auto items = [&](int height) {
+    const int64_t columns = second_n << tiles.split_log2;
+    return most(height) * ceil_div(columns < first_n ? columns : first_n, narrowest(height));
+  };
+  while (may_split && items(low) < device.sm_count &&
+         second_n << (tiles.split_log2 + 1) <= first_n &&
+         first_n >> (tiles.split_log2 + 1) >= 256 && (first_n >> tiles.split_log2) % 16 == 0) {
+    ++tiles.split_log2;
+  }
+  // And tiles are lower.
+  while (tiles.height > 16 && items(tiles.height) < device.sm_count) {
     tiles.height = tiles.height > 128 ? 128 : tiles.height > 64 ? 64 : tiles.height / 2;
   }
   // What two rows of warps take at once, or a warpgroup; it divides the height.
@@ -135,9 +157,7 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t columns, b
   tiles.group = 16;
   // Where most blocks have one item of the second product there is nothing to overlap, and a count
   // through L2 takes longer than the hardware's word.
-  tiles.overlap =
-      device.early_launch &&
-      most(tiles.height) * ceil_div(columns, narrowest(tiles.height)) >= 2 * device.sm_count;
+  tiles.overlap = device.early_launch && items(tiles.height) >= 2 * device.sm_count;
   return tiles;
 }
 

@@ -255,28 +255,32 @@ class Emulator:
                      out_rows=None, activation="identity", gate_layout="gate_up",
                      alpha=None, beta=None, limit=None, row_weights=None, out_dtype=None,
                      out_padding=0, zero_other_rows=True, columns=None, topk_ids=None, topk=1,
-                     expert_offset=0, is_second=False, progress=None, sm90=False, **machine):  # fmt: skip
+                     expert_offset=0, is_second=False, progress=None, sm90=False, split_log2=0,
+                     **machine):  # fmt: skip
         """alpha, beta, limit: tensors, one value per expert. `out_padding`: elements between rows.
         `columns`: of the layer, for which the row tiles are planned. `topk_ids`: in the place of
         expert_offsets, for grouped_gemv. `progress`: True for a first product that is to return its
-        own too, the tensor for a second one."""
+        own too, the tensor for a second one. `split_log2`: of the parts that k is split in, whose
+        sums are returned side by side, [rows, parts * n]."""
         experts, n, k = b.shape
         entry = reference.ACTIVATIONS[activation]
         n //= 2 if entry.gated else 1
+        width = n << split_log2
         rows = a.shape[0] if rows is None else rows
         inputs = dict(a=a, b=b, expert_offsets=expert_offsets, source_rows=source_rows,
                       out_rows=out_rows, topk_ids=topk_ids, bias=bias, row_weights=row_weights,
                       expert_alpha=alpha, expert_beta=beta, expert_limit=limit)  # fmt: skip
-        scalars = dict(a_stride=a.stride(0), rows=rows, n=n, k=k, experts=experts,
+        scalars = dict(a_stride=a.stride(0), rows=rows, n=n, k=k >> split_log2, experts=experts,
                        b_expert_stride=b.stride(0),
                        b_row_stride=b.stride(1), b_col_stride=b.stride(2),
                        activation=ACTIVATIONS.index(activation),
-                       gate_layout=GATE_LAYOUTS.index(gate_layout), out_stride=n + out_padding,
+                       gate_layout=GATE_LAYOUTS.index(gate_layout), out_stride=width + out_padding,
                        zero_other_rows=zero_other_rows, columns=columns or n, sm90=sm90,
-                       topk=topk, is_second=is_second, **_id_scalars(topk_ids, expert_offset),
+                       topk=topk, is_second=is_second, split_log2=split_log2, **_id_scalars(topk_ids, expert_offset),
                        **dict(alpha=0, beta=0, limit=0) | entry.defaults)  # fmt: skip
         out_rows = rows // topk if is_second else rows
-        out = torch.empty_strided((out_rows, n), (n + out_padding, 1), dtype=out_dtype or a.dtype)
+        out = torch.empty_strided((out_rows, width), (width + out_padding, 1),
+                                  dtype=out_dtype or a.dtype)  # fmt: skip
         outputs = dict(out=out)
         if is_second:
             inputs["progress"] = progress
@@ -299,12 +303,14 @@ class Emulator:
         return self.run("grouped_gemm_wgrad", scalars, inputs, dict(out=out), **machine)
 
     def combine(self, expert_out, weights, *, tokens, topk, sorted_slots=None, expert_offsets=None,
-                topk_ids=None, experts=0, expert_offset=0, out_dtype=None, **machine):  # fmt: skip
-        """`topk_ids`: rows in the slots' order, in the place of the two before it."""
+                topk_ids=None, experts=0, expert_offset=0, split_log2=0, out_dtype=None,
+                **machine):  # fmt: skip
+        """`topk_ids`: rows in the slots' order, in the place of the two before it; `split_log2`: of
+        how many rows a slot then has."""
         rows, hidden = expert_out.shape
         experts = experts if expert_offsets is None else expert_offsets.numel() - 1
         scalars = dict(expert_out_stride=expert_out.stride(0), tokens=tokens, hidden=hidden,
-                       rows=rows, topk=topk, experts=experts,
+                       rows=rows, topk=topk, experts=experts, split_log2=split_log2,
                        **_id_scalars(topk_ids, expert_offset))  # fmt: skip
         inputs = dict(expert_out=expert_out, weights=weights, topk_ids=topk_ids,
                       sorted_slots=sorted_slots, expert_offsets=expert_offsets)  # fmt: skip

@@ -161,14 +161,16 @@ GroupedGemm product(Request& r) {
   p.out_stride = r.scalar("out_stride");
   p.zero_other_rows = r.scalar("zero_other_rows");
   p.is_second = r.scalar("is_second");
+  p.split_log2 = r.scalar("split_log2");
   return p;
 }
 
 void grouped_gemm(Request& r) {
   GroupedGemm p = product(r);
   if (p.rows > 0) {
+    const int64_t columns = r.scalar("columns");
     p.row_tiles =
-        cuda::plan_row_tiles(p.rows, p.experts, r.scalar("columns"), r.scalar("sm90"), device);
+        cuda::plan_row_tiles(p.rows, p.experts, columns, columns, false, r.scalar("sm90"), device);
     p.row_tiles.head = reinterpret_cast<RowTilesHead*>(r.scratch<int32_t>(p.row_tiles.bytes() / 4));
     // Cleared for the first product; the second finds what that one left there.
     if (!p.is_second) p.row_tiles.progress = r.data<int32_t>("progress");
@@ -208,6 +210,7 @@ void combine(Request& r) {
   p.out_dtype = r.dtype("out");
   p.expert_out = r.data("expert_out");
   p.expert_out_stride = r.scalar("expert_out_stride");
+  p.split_log2 = r.scalar("split_log2");
   p.tokens = r.scalar("tokens");
   p.hidden = r.scalar("hidden");
   p.rows = r.scalar("rows");
