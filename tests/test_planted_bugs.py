@@ -125,16 +125,18 @@ PLANTED = {
     "columns past the last copied": (
         COPIER, "? passes(lines) : 0", "? passes(lines + Shape::kPass) : 0", whole_vectors),
     "last rows not written": (
-        SUMS, "first + row < item.row_count", "first + row + 1 < item.row_count",
+        SUMS, "item.row_count - first_row(piece))", "item.row_count - first_row(piece) - 1)",
         whole_vectors),
     "rows of others written": (
-        SUMS, "first + row < item.row_count", "first + row <= item.row_count",
+        SUMS, "item.row_count - first_row(piece))", "item.row_count - first_row(piece) + 1)",
         whole_vectors),
+    "other rows looked up ahead": (
+        SUMS, "kPiecesOfTarget * 2 + 2", "kPiecesOfTarget * 2 + 1", whole_vectors),
     "bias of gates added to ups": (
         SUMS, "column / 8 % 2 * kOddAt + column / 16 * 8", "column / 8 * 8",
         properties.test_grouped_gemm_activation),
     "staged rows overwritten": (
-        SUMS, "floats);\n      __syncwarp();\n      target", "floats);\n      target", whole_vectors),
+        SUMS, "floats);\n      __syncwarp();\n    }", "floats);\n    }", whole_vectors),
     "ups in the place of gates": (
         SUMS, "activate_gated<4>(kind, scalars, values, ups)",
         "activate_gated<4>(kind, scalars, ups, values)",

@@ -46,13 +46,14 @@ class Accumulators {
     return static_cast<int>(threadIdx.x) / 32 % Shape::kWarpCols * Shape::kColsOfWarp;
   }
 
-  // Where a lane's row of a piece goes, and its routing weight.
+  // Where a lane's row goes, and its routing weight. A warp looks up two times 16 rows at once, and
+  // the next as many while these are written: memory takes longer than a piece.
   struct Target {
     int row;
     float weight;
   };
-  __device__ static Target target_of(const GroupedGemm& p, const Item& item, int piece) {
-    const int row_of_tile = first_row(piece) + threadIdx.x % Shape::kStagedRows;
+  __device__ static Target target_of(const GroupedGemm& p, const Item& item, int i) {
+    const int lane = threadIdx.x % 32, row_of_tile = row(i + lane / 16) + lane % 16;
     const int row = item.row_begin + row_of_tile;
     const bool there = row_of_tile < item.row_count;
     return {there && p.out_rows ? p.out_rows[row] : row,
@@ -62,14 +63,19 @@ class Accumulators {
   // Bias, activation, routing weight, rounding: a few rows at a time through `staged`, this warp's
   // own, so that a thread gets 8 neighbouring columns. SwiGLU is made of them on the way; any other
   // activation, as a bias, has a pass of its own over what is staged, which is less code: in the
-  // loops of store() they would be a third of a kernel. `target`: target_of the first piece.
+  // loops of store() they would be a third of a kernel. `next`: target_of(0).
   __device__ void finish(const GroupedGemm& p, const Item& item, unsigned char* staged,
-                         Target target) const {
+                         Target next) const {
     float* const floats = reinterpret_cast<float*>(staged);
+    Target target{};
 #pragma unroll 1
     for (int piece = 0; piece < kPieces; ++piece) {
       if (first_row(piece) >= item.row_count) break;
-      const Target next = target_of(p, item, piece + 1);  // It has a piece's time to come.
+      constexpr int kPiecesOfTarget = 32 / Shape::kStagedRows * kPiecesOfRow;
+      if (piece % kPiecesOfTarget == 0) {
+        target = next;
+        next = target_of(p, item, piece / kPiecesOfTarget * 2 + 2);
+      }
       stage(piece, floats);
       __syncwarp();
       if (p.bias.data && item.part == 0) add_staged_bias(p, item, piece, floats);
@@ -83,7 +89,6 @@ class Accumulators {
       : p.out_dtype == DType::kFloat32 ? store<float, false, false>(p, item, piece, target, floats)
                                        : store<T, false, false>(p, item, piece, target, floats);
       __syncwarp();
-      target = next;
     }
   }
 
@@ -144,7 +149,7 @@ class Accumulators {
   }
 
   // The staged rows of a piece, some at once, a lane a vector: all columns, or those of the gates,
-  // by way of kSwiglu. `target` is that of row lane % kStagedRows.
+  // by way of kSwiglu.
   template <typename Out, bool kGated, bool kSwiglu>
   __device__ static void store(const GroupedGemm& p, const Item& item, int piece, Target target,
                                const float* floats) {
@@ -154,12 +159,13 @@ class Accumulators {
     const int line = item.column_tile * Shape::kCols + column_of_piece(piece);
     const int column = line / (kGated ? 2 : 1) + vector * kVector;
     const bool there = lane < kAtOnce * kVectors && column < p.n;
-    const int first = first_row(piece);
+    const int rows = min(Shape::kStagedRows, item.row_count - first_row(piece));
 #pragma unroll(Shape::kWgmma ? 2 : 1)
     for (int row = lane / kVectors; row - lane / kVectors < Shape::kStagedRows; row += kAtOnce) {
-      const int64_t to_row = __shfl_sync(0xffffffffu, target.row, row);
-      const float weight = __shfl_sync(0xffffffffu, target.weight, row);
-      if (there && first + row < item.row_count && row < Shape::kStagedRows) {
+      const int of_target = (piece / kPiecesOfRow * Shape::kStagedRows + row) % 32;
+      const int64_t to_row = __shfl_sync(0xffffffffu, target.row, of_target);
+      const float weight = __shfl_sync(0xffffffffu, target.weight, of_target);
+      if (there && row < rows) {
         const float* const from = floats + row * Shape::kStagedPitch;
         const int at = kGated ? vector * kVector : vector % 2 * kOddAt + vector / 2 * kVector;
         auto [values] = *reinterpret_cast<const Vector<float>*>(from + at);

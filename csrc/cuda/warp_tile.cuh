@@ -25,11 +25,8 @@ class WarpTile : public Accumulators<T, Shape> {
   __device__ void multiply_item(int steps, int live, Copier<Shape>& copier, Cursor<Shape>& cursor) {
     load_first(cursor.slot);
     // A loop of its own pays where there is much to leave out.
-    if (kI > 2 && live < kI) {
-      multiply_steps<false>(steps, live, copier, cursor);
-    } else {
-      multiply_steps<true>(steps, live, copier, cursor);
-    }
+    kI > 2 && live < kI ? multiply_steps<false>(steps, live, copier, cursor)
+                        : multiply_steps<true>(steps, live, copier, cursor);
   }
 
  private:
@@ -45,21 +42,17 @@ class WarpTile : public Accumulators<T, Shape> {
   __device__ void multiply_step(int live, Copier<Shape>& copier, Cursor<Shape>& cursor) {
     constexpr int kPairs = Shape::kDepth / 32, kParts = 2 * kPairs - 1;
     constexpr auto first_pass = [](int part) { return part * Copier<Shape>::kPasses / kParts; };
-    struct Place {
-      uint32_t slot;
-      int k16;
-    };
     multiply<kAll, 0>(
-        live, [&] { return Place{cursor.slot, 2 * kPair + 1}; },
+        live, [&] { return uint2{cursor.slot, 2 * kPair + 1}; },
         [&] {
           copier.template copy<first_pass(2 * kPair), first_pass(2 * kPair + 1)>(cursor.free);
         });
     multiply<kAll, 1>(
         live,
         [&] {
-          if constexpr (kPair + 1 < kPairs) return Place{cursor.slot, 2 * kPair + 2};
+          if constexpr (kPair + 1 < kPairs) return uint2{cursor.slot, 2 * kPair + 2};
           next_step(copier, cursor);
-          return Place{cursor.slot, 0};
+          return uint2{cursor.slot, 0};
         },
         [&] {
           if constexpr (kPair + 1 < kPairs) {
