@@ -51,7 +51,7 @@ def fused_moe(
         output_dtype: float16, bfloat16 or float32; x's unless given.
         out: [T, H], written and returned; has no gradient.
         batch_invariant: the same bits for a token whatever T is. Costs microseconds where T is 1, or a
-            few with many experts, nothing with more.
+            few with many experts, or where a small layer makes few tiles; elsewhere nothing.
         backend: "auto", or on CUDA "sm80" (mma.sync), "sm90" (wgmma, on Hopper; the same bits) or
             "cublas" (waits for the device).
 
