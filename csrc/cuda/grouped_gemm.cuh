@@ -18,8 +18,8 @@
 // (publish), an item later, so that it never waits for its own stores. All of its blocks run by the
 // time that the second's start, so what these wait for comes.
 //
-// Where a layer has few tiles k of its second product is split: an item is a part of a tile's k, and
-// its sums are written in float32, for combine to add in order.
+// Where a layer has few tiles k of its second product is split: an item is a part of a tile's k,
+// and its sums are written in float32, for combine to add in order.
 //
 // Every accumulator adds its products in ascending k, 16 at a time, in every shape: the bits don't
 // depend on the shape chosen, nor on which of the two (which is measured, not promised by NVIDIA).
