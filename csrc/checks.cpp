@@ -20,24 +20,21 @@ std::optional<DType> as_floating(ScalarType type) {
   }
 }
 
-template <class Sizes>
-std::string list_of(const Sizes& sizes) {
+}  // namespace
+
+std::string list(std::span<const int64_t> sizes) {
   std::string text;
   for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
   return "[" + text + "]";
 }
 
-}  // namespace
-
-std::string shape_of(const Tensor& t) { return list_of(t.sizes()); }
-
-std::string device_of(const Tensor& t) {
+std::string device_name(const Tensor& t) {
   if (t.is_cpu()) return "cpu";
   const std::string index = std::to_string(t.get_device_index());
   return t.is_cuda() ? "cuda:" + index : "another device";
 }
 
-std::string join(std::span<const char* const> names) {
+std::string joined(std::span<const char* const> names) {
   std::string text;
   for (const char* name : names) text += (text.empty() ? "" : ", ") + std::string(name);
   return text;
@@ -103,7 +100,8 @@ void Checks::shape(const char* name, const Tensor& t, std::initializer_list<int6
   same_device(name, t);
   const auto has = t.sizes();
   that(std::equal(has.begin(), has.end(), sizes.begin(), sizes.end()), name, " has shape ",
-       shape_of(t), ", expected ", list_of(sizes), " ", symbols);
+       shape_of(t), ", expected ", Text{[&] { return list({sizes.begin(), sizes.size()}); }}, " ",
+       symbols);
 }
 
 void Checks::countable(const char* name, const Tensor& t, int64_t count,

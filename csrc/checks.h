@@ -65,11 +65,28 @@ class Checks {
   const Tensor& reference_;
 };
 
-std::string shape_of(const Tensor& t);                 // [17, 64]
-std::string device_of(const Tensor& t);                // cuda:0
-std::string join(std::span<const char* const> names);  // a, b, c
-const char* dtype_name(ScalarType dtype);              // float16, as torch prints it
-DType dtype_of(const Tensor& t);                       // Of one that is known to be floating.
+// A text that is made when it is printed: a check that holds costs no strings.
+template <class Make>
+struct Text {
+  friend std::ostream& operator<<(std::ostream& out, const Text& text) {
+    return out << text.make();
+  }
+  Make make;
+};
+std::string list(std::span<const int64_t> sizes);        // [17, 64]
+std::string device_name(const Tensor& t);                // cuda:0
+std::string joined(std::span<const char* const> names);  // a, b, c
+inline auto shape_of(const Tensor& t) {
+  return Text{[&t] { return list({t.sizes().data(), t.sizes().size()}); }};
+}
+inline auto device_of(const Tensor& t) {
+  return Text{[&t] { return device_name(t); }};
+}
+inline auto join(std::span<const char* const> names) {
+  return Text{[names] { return joined(names); }};
+}
+const char* dtype_name(ScalarType dtype);  // float16, as torch prints it
+DType dtype_of(const Tensor& t);           // Of one that is known to be floating.
 ScalarType scalar_type_of(DType dtype);
 
 }  // namespace simple_moe
