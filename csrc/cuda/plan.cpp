@@ -53,8 +53,8 @@ extern "C" __attribute__((visibility("default"))) const char* simple_moe_plan(
                           .minor = 0,
                           .early_launch = false};
   const int64_t slots = tokens * topk;
-  const ProductSize first{slots, experts, intermediate, hidden, gated != 0};
-  ProductSize second{slots, experts, hidden, intermediate, false};
+  const ProductSize first{slots, experts, intermediate, hidden, gated != 0, false};
+  ProductSize second{slots, experts, hidden, intermediate, false, true};
   std::ostringstream text;
   text << "[";
   if (slots_go_by_themselves(first, tokens) && slots_go_by_themselves(second, tokens)) {

@@ -50,11 +50,11 @@ inline constexpr int kShapeCount = sizeof(kShapes) / sizeof(GemmTile);
 // What of a product the choice depends on.
 struct ProductSize {
   int64_t rows, experts, n, k;
-  bool gated;
+  bool gated, is_second;
 };
 
 inline ProductSize size_of(const GroupedGemm& p) {
-  return {p.rows, p.experts, p.n << p.split_log2, p.k, is_gated(p.activation.kind)};
+  return {p.rows, p.experts, p.n << p.split_log2, p.k, is_gated(p.activation.kind), p.is_second};
 }
 
 inline int64_t column_tiles(int64_t n, bool gated, int cols) {
@@ -175,9 +175,13 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
     return mean_rows(size.rows, size.experts) == 1 && size.k >= tile.stages * tile.depth &&
            rounds != 2 && 20 * items >= 19 * rounds * device.sm_count;
   }
-  // Of the lowest tiles two rounds hide the end of each. The narrow ones may also take a single
-  // one: the deeper ring then has more bytes in flight than more blocks.
-  if (tile.rows == 16) return items >= 2 * blocks || (tile.cols == least && items <= blocks);
+  // Of the lowest tiles two rounds hide the end of each, or one that starts beside the end of the
+  // first product. The narrow ones may also take a single one: the deeper ring then has more bytes
+  // in flight than more blocks.
+  if (tile.rows == 16) {
+    const int64_t rounds = size.is_second && tile.cols > least ? 1 : 2;
+    return items >= rounds * blocks || (tile.cols == least && items <= blocks);
+  }
   if (tile.cols == least) return true;
   // The highest tiles go over the GPU in few rounds, and the last may leave most of it idle: what
   // counts is the rounds times what one takes, for which its rows count as 64 columns. A single
