@@ -15,8 +15,9 @@ struct Backend {
   // Never waits for the device and adds in one order for any number of rows: `auto` and
   // batch_invariant=True ask for it.
   bool keeps_all_promises;
-  // Whether few rows may go by grouped_gemv in its place, or with a second product's k split.
-  bool adds_few_rows_in_any_order = false;
+  // Whether few rows may go by grouped_gemv in its place, or with a second product's k split: in an
+  // order that is fixed, but not the one of more rows.
+  bool adds_few_rows_in_another_order = false;
   bool wgmma = false;  // Whether its row tiles are to suit wgmma.
 };
 

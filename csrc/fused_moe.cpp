@@ -263,10 +263,10 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
   const bool apart = !overlaps_another(a, out);
   const Inputs in(a, layer, out);
   // grouped_gemv adds in an order of its own, and so does a product whose k is split.
-  const bool any_order = !a.batch_invariant && backend.adds_few_rows_in_any_order;
+  const bool another_order = !a.batch_invariant && backend.adds_few_rows_in_another_order;
   const bool sorted =
-      !any_order || !place.grouped_gemv_suits(in.first) || !place.grouped_gemv_suits(in.second);
-  const bool may_split = any_order && place.reads_whole_vectors(in.second);
+      !another_order || !place.grouped_gemv_suits(in.first) || !place.grouped_gemv_suits(in.second);
+  const bool may_split = another_order && place.reads_whole_vectors(in.second);
   Workspace workspace(place, backend, layer, layer.tokens, sorted, may_split);
   const int64_t chunks =
       apart ? (workspace.rows.bytes() + workspace.routing.bytes() + kMost - 1) / kMost : 1;
