@@ -30,10 +30,12 @@ class Copier {
       constexpr int kPassBytes = Shape::kPass * Shape::kLineBytes;
       if (pass < Shape::kPassesA) {
         const char* const from = ptx::advance(a_, a_rows_[pass], a_stride_);
-        if (pass < a_passes_) ptx::cp_async_16(to + pass * kPassBytes, from + more, valid);
+        if (pass < a_passes_)
+          ptx::cp_async_16<Shape::kReadsOn>(to + pass * kPassBytes, from + more, valid);
       } else if (const int b_pass = pass - Shape::kPassesA; b_pass < b_passes_) {
         const char* const from = ptx::advance(b_, b_pass, b_pass_stride_);
-        ptx::cp_async_16(to + Shape::kABytes + b_pass * kPassBytes, from + more, valid);
+        ptx::cp_async_16<Shape::kReadsOn>(to + Shape::kABytes + b_pass * kPassBytes, from + more,
+                                          valid);
       }
     }
   }

@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
         const auto* const row =
             reinterpret_cast<const char*>((j < kColumns ? gates : ups) + offset);
         const char* const from = ptx::advance(row, j % kColumns, row_bytes);
-        if (slot[i].expert >= 0) weights[i][j] = ptx::load_once<Vector<T>>(from);
+        auto& to = reinterpret_cast<uint4&>(weights[i][j]);
+        if (slot[i].expert >= 0) to = __ldcs(reinterpret_cast<const uint4*>(from));
       }
     }
     if (first == 0 && p.is_second) ptx::follow_earlier_kernels();

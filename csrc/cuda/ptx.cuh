@@ -80,11 +80,16 @@ __device__ __forceinline__ T from_float(float x) {
 // ---- cp.async: global -> shared without registers ----
 
 // 16 bytes, both addresses 16-byte aligned; zeros where not `valid` (then global is not read).
-// L2 fetches 256 bytes at once: all that is read this way is read on along its row.
+// kReadsOn: L2 may fetch 256 bytes at once, the rest of which is wanted soon.
+template <bool kReadsOn = false>
 __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(smem), "l"(global),
-               "r"(valid ? 16 : 0)
-               : "memory");
+#define SIMPLE_MOE_COPY(how)                                                                \
+  asm volatile("cp.async.cg.shared.global" how::"r"(smem), "l"(global), "r"(valid ? 16 : 0) \
+               : "memory")
+  if constexpr (kReadsOn)
+    SIMPLE_MOE_COPY(".L2::256B [%0], [%1], 16, %2;");
+  else
+    SIMPLE_MOE_COPY(" [%0], [%1], 16, %2;");
 }
 
 __device__ __forceinline__ void cp_async_commit() {
@@ -95,16 +100,6 @@ __device__ __forceinline__ void cp_async_commit() {
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// 16 bytes that are read once, and on along their row, by threads that read nothing else meanwhile.
-template <typename Vector>
-__device__ __forceinline__ Vector load_once(const void* global) {
-  uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(global));
-  return reinterpret_cast<const Vector&>(x);
 }
 
 // ---- tensor cores ----

@@ -32,6 +32,9 @@ struct GemmTile {
   constexpr int staged_beside() const { return wgmma ? 0 : warps() * staged_bytes(); }
   // Items whose copies have begun and whose products have not ended, and the next.
   constexpr int queue() const { return stages + 3; }
+  // Whether L2 reads on. Few rows wait for memory, and have enough of it asked for; what L2 asks
+  // for besides takes 3 % of memory's rate then. Many rows ask by fits and starts.
+  constexpr bool reads_on() const { return rows > 64; }
   // So many steps after its product was begun a slot is filled again: wgmma's ends a step later.
   constexpr int behind() const { return wgmma ? 2 : 1; }
   constexpr int bytes() const { return stages * slot_bytes() + staged_beside() + queue() * 16; }

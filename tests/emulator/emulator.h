@@ -83,6 +83,11 @@ std::common_type_t<A, B> max(A a, B b) {
   return static_cast<T>(a) < static_cast<T>(b) ? b : a;
 }
 
+template <typename T>
+T __ldcs(const T* global) {
+  return *global;  // The sanitizers see where it is, and how aligned.
+}
+
 inline int __popc(uint32_t x) { return std::popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<uint32_t>(x)); }
@@ -281,7 +286,8 @@ uint32_t pack(float low, float high) {
 
 inline unsigned char* smem_pointer(uint32_t address) { return emulator::shared_memory + address; }
 
-inline void cp_async_16(uint32_t address, const void* global, bool valid, EMULATOR_WHERE) {
+template <bool kReadsOn = false>
+void cp_async_16(uint32_t address, const void* global, bool valid, EMULATOR_WHERE) {
   using emulator::fail;
   emulator::maybe_switch(true);
   unsigned char* const smem = smem_pointer(address);
@@ -294,11 +300,6 @@ inline void cp_async_16(uint32_t address, const void* global, bool valid, EMULAT
   }
   std::memset(smem, 0xFF, 16);  // nobody may look before the copy is waited for
   emulator::current->open_group.push_back({smem, valid ? global : nullptr});
-}
-
-template <typename Vector>
-Vector load_once(const void* global) {
-  return *static_cast<const Vector*>(global);  // The sanitizers see where it is, and how aligned.
 }
 
 inline void cp_async_commit() {
