@@ -11,32 +11,33 @@ namespace simple_moe::cuda {
 template <typename Shape>
 class Copier {
  public:
-  static constexpr int kPasses = Shape::kPassesA + Shape::kPassesB;
+  static constexpr int kPassesA = Shape::kPassesA * Shape::kPerLine;
+  static constexpr int kPasses = kPassesA + Shape::kPassesB * Shape::kPerLine;
 
   __device__ Copier(const GroupedGemm& p, Queue<Shape>& queue)
       : p_(p), queue_(queue), a_stride_(static_cast<uint32_t>(p.a_stride) * 2) {
     begin_item<true>();
   }
 
-  // Passes kFirst ... kLast - 1 of the next step (or of the item's step `ahead` from there): first
+  // Copies kFirst ... kLast - 1 of the next step (or of the item's step `ahead` from there): first
   // those of a, then those of b. Past the last item nothing is copied.
   template <int kFirst, int kLast>
   __device__ void copy(uint32_t slot, int ahead = 0) const {
     const int more = ahead * Shape::kLineBytes;
-    const bool valid = k_ + ahead * Shape::kDepth < static_cast<int>(p_.k);
+    const int left = static_cast<int>(p_.k) - k_ - ahead * Shape::kDepth;
     const uint32_t to = slot + Shape::place(line(), vector());
 #pragma unroll
-    for (int pass = kFirst; pass < kLast; ++pass) {
-      constexpr int kPassBytes = Shape::kPass * Shape::kLineBytes;
-      if (pass < Shape::kPassesA) {
-        const char* const from = ptx::advance(a_, a_rows_[pass], a_stride_);
-        if (pass < a_passes_)
-          ptx::cp_async_16<Shape::kReadsOn>(to + pass * kPassBytes, from + more, valid);
-      } else if (const int b_pass = pass - Shape::kPassesA; b_pass < b_passes_) {
-        const char* const from = ptx::advance(b_, b_pass, b_pass_stride_);
-        ptx::cp_async_16<Shape::kReadsOn>(to + Shape::kABytes + b_pass * kPassBytes, from + more,
-                                          valid);
-      }
+    for (int i = kFirst; i < kLast; ++i) {
+      const int pass = (i < kPassesA ? i : i - kPassesA) / Shape::kPerLine;
+      const int vectors = i % Shape::kPerLine * Shape::kAcross;  // further on in the line
+      const auto copy_vector = [&](uint32_t operand, const char* from) {
+        ptx::cp_async_16<Shape::kReadsOn>(operand + pass * Shape::kPassBytes + vectors * 16,
+                                          from + more + vectors * 16, left > vectors * kVector);
+      };
+      if (i >= kPassesA && pass < b_passes_)
+        copy_vector(to + Shape::kABytes, ptx::advance(b_, pass, b_pass_stride_));
+      if (i < kPassesA && pass < a_passes_)
+        copy_vector(to, ptx::advance(a_, a_rows_[pass], a_stride_));
     }
   }
 
@@ -58,8 +59,8 @@ class Copier {
   }
 
  private:
-  __device__ static int vector() { return threadIdx.x % Shape::kVectors; }
-  __device__ static int line() { return threadIdx.x / Shape::kVectors; }
+  __device__ static int vector() { return threadIdx.x % Shape::kAcross; }
+  __device__ static int line() { return threadIdx.x / Shape::kAcross; }
 
   // Past the last item comes one of no rows.
   template <bool kFirst = false>

@@ -20,11 +20,13 @@ struct GemmShape {
   static constexpr int kBlocks = kShape.blocks, kBytes = kShape.bytes(), kQueue = kShape.queue();
   static constexpr int kRowsOfWarp = kRows / kWarpRows, kColsOfWarp = kCols / kWarpCols;
   static constexpr int kI = kRowsOfWarp / 16, kJ = kColsOfWarp / 8;  // accumulators of 16 x 8
-  static constexpr int kVectors = kDepth / kVector;                  // of a line
+  // Vectors of a line; those of them that lanes side by side copy at once; a lane's.
+  static constexpr int kVectors = kDepth / kVector, kAcross = kVectors < 8 ? kVectors : 8;
+  static constexpr int kPerLine = kVectors / kAcross;
   static constexpr int kLineBytes = kDepth * 2;
   static constexpr int kABytes = kRows * kLineBytes, kSlotBytes = kShape.slot_bytes();
   // Lines that all threads copy at once.
-  static constexpr int kPass = kThreads / kVectors;
+  static constexpr int kPass = kThreads / kAcross, kPassBytes = kPass * kLineBytes;
   static constexpr int kPassesA = (kRows + kPass - 1) / kPass, kPassesB = kCols / kPass;
   static constexpr int kStagedRows = kShape.staged_rows(), kStagedBytes = kShape.staged_bytes();
   static constexpr int kStagedCols = kShape.staged_cols(),

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Product::Shape::kThreads, Product::Shape::kBlo
   const int steps_first = steps < Shape::kStages ? 0 : p.is_second ? Shape::kAhead : 2;
 #pragma unroll 1
   for (int step = 0; step < steps_first; ++step) {
-    copier.template copy<Shape::kPassesA, copier.kPasses>(ring + step * Shape::kSlotBytes, step);
+    copier.template copy<copier.kPassesA, copier.kPasses>(ring + step * Shape::kSlotBytes, step);
   }
   if (p.is_second && !p.row_tiles.progress) ptx::wait_for_earlier_kernels();
   copier.wait_for_rows(queue[0]);
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(Product::Shape::kThreads, Product::Shape::kBlo
 #pragma unroll 1
   for (int step = 0; step < Shape::kAhead; ++step) {
     const uint32_t slot = ring + step * Shape::kSlotBytes;
-    copier.template copy<0, Shape::kPassesA>(slot);
-    if (step >= steps_first) copier.template copy<Shape::kPassesA, copier.kPasses>(slot);
+    copier.template copy<0, copier.kPassesA>(slot);
+    if (step >= steps_first) copier.template copy<copier.kPassesA, copier.kPasses>(slot);
     if (steps < Shape::kStages) __syncthreads();  // for the queue
     copier.end_step();
   }

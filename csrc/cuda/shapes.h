@@ -45,8 +45,7 @@ inline constexpr GemmTile kShapes[] = {
     {160, 256, 64, 3, 2, 4, 1}, {160, 128, 64, 5, 2, 4, 1}, {128, 256, 64, 3, 2, 4, 1},
     {128, 128, 32, 4, 2, 2, 2}, {96, 256, 64, 4, 2, 4, 1},  {64, 128, 64, 4, 1, 4, 2},
     {64, 128, 64, 3, 2, 2, 2},  {32, 128, 64, 4, 1, 4, 2},  {32, 64, 64, 5, 1, 4, 3},
-    {16, 128, 64, 5, 1, 4, 2},  {16, 64, 64, 20, 1, 4, 1},  {16, 64, 64, 10, 1, 4, 2},
-    {16, 64, 64, 6, 1, 4, 3},
+    {16, 128, 64, 5, 1, 4, 2},  {16, 64, 128, 5, 1, 4, 2},  {16, 64, 64, 6, 1, 4, 3},
 };
 inline constexpr int kShapeCount = sizeof(kShapes) / sizeof(GemmTile);
 
@@ -170,22 +169,12 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
   const int64_t blocks = device.sm_count * resident_blocks(tile, device);
   const int64_t items = tiles.most * column_tiles(size.n, size.gated, tile.cols);
   const int least = narrowest(tile.rows);
-  // The deepest ring waits least for the slowest line, but one block a multiprocessor has nobody to
-  // fill in for it: for few tokens' long tiles, where they fill the rounds, and are no two rounds,
-  // which two blocks take at once.
-  if (tile.rows == 16 && tile.blocks == 1) {
-    const int64_t rounds = ceil_div(items, device.sm_count);
-    return mean_rows(size.rows, size.experts) == 1 && size.k >= tile.stages * tile.depth &&
-           rounds != 2 && 20 * items >= 19 * rounds * device.sm_count;
-  }
-  // Of the lowest tiles two rounds hide the end of each, or one that starts beside the end of the
-  // first product. The narrow ones may also take a single one: the deeper ring then has more bytes
-  // in flight than more blocks.
-  if (tile.rows == 16) {
-    const int64_t rounds = size.is_second && tile.cols > least ? 1 : 2;
-    return items >= rounds * blocks || (tile.cols == least && items <= blocks);
-  }
   if (tile.cols == least) return true;
+  // Of the lowest tiles wide ones that fill the GPU: for the second product, which has few steps,
+  // and for the first where several tiles may share a weight, and each reads it from L2.
+  if (tile.rows == 16) {
+    return items >= blocks && (size.is_second || mean_rows(size.rows, size.experts) > 8);
+  }
   // The highest tiles go over the GPU in few rounds, and the last may leave most of it idle: what
   // counts is the rounds times what one takes, for which its rows count as 64 columns. A single
   // round has nothing to hide its start and end behind, and counts as two.
