@@ -6,17 +6,11 @@
 namespace simple_moe {
 
 // Of a value of each lane, in every lane.
-template <typename T>
-__device__ __forceinline__ T warp_sum(T value) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
-  return value;
-}
-template <typename T>
-__device__ __forceinline__ T warp_max(T value) {
+template <typename T, typename Two>
+__device__ __forceinline__ T warp_reduce(T value, const Two& of_two) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) {
-    value = max(value, __shfl_xor_sync(0xffffffffu, value, lanes));
+    value = of_two(value, __shfl_xor_sync(0xffffffffu, value, lanes));
   }
   return value;
 }

@@ -29,7 +29,7 @@ __device__ __forceinline__ ExpertRows rows_of(const GroupedGemmWgrad& p, int64_t
   for (int64_t e = threadIdx.x % 32; e <= expert; e += 32) {
     upto = max(upto, clamped_offset(p.expert_offsets, e, p.rows));
   }
-  const int begin = warp_max(upto);
+  const int begin = warp_reduce(upto, [](auto a, auto b) { return max(a, b); });
   const int count = clamped_offset(p.expert_offsets, expert + 1, p.rows) - begin;
   return {begin, count < 0 ? 0 : count};
 }

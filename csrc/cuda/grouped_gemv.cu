@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
 
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
-    sums[j] = warp_sum(sums[j]);
+    sums[j] = warp_reduce(sums[j], [](float a, float b) { return a + b; });
     if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32 * kRows + j] = sums[j];
   }
   __syncthreads();  // the warps' sums are there

@@ -56,15 +56,20 @@ __device__ __forceinline__ float to_float(f16 x) {
   return y;
 }
 
+// instruction(the name of T in PTX, ...)
+#define SIMPLE_MOE_OF_TYPE(instruction, ...)        \
+  if constexpr (std::is_same_v<T, bf16>)            \
+    instruction("bf16" __VA_OPT__(, ) __VA_ARGS__); \
+  else                                              \
+    instruction("f16" __VA_OPT__(, ) __VA_ARGS__)
+
 // Two of them in a word, the first in its low half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   uint32_t y;
-  if constexpr (std::is_same_v<T, bf16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  }
+#define SIMPLE_MOE_PACK(type) \
+  asm("cvt.rn." type "x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low))
+  SIMPLE_MOE_OF_TYPE(SIMPLE_MOE_PACK);
   return y;
 }
 
@@ -129,11 +134,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
       ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
-  if constexpr (std::is_same_v<T, bf16>) {
-    SIMPLE_MOE_MMA("bf16");
-  } else {
-    SIMPLE_MOE_MMA("f16");
-  }
+  SIMPLE_MOE_OF_TYPE(SIMPLE_MOE_MMA);
 }
 
 // ---- wgmma (sm_90a): products of a warpgroup, which end some time after they were asked for ----
@@ -188,17 +189,12 @@ __device__ __forceinline__ uint64_t advance(uint64_t operand, int bytes) {
 #define SIMPLE_MOE_NAMES_96 SIMPLE_MOE_NAMES_90 "%90, %91, %92, %93, %94, %95"
 #define SIMPLE_MOE_NAMES_120 SIMPLE_MOE_NAMES_90 SIMPLE_MOE_THIRTY("9", "10", "11")
 #define SIMPLE_MOE_NAMES_128 SIMPLE_MOE_NAMES_120 "%120, %121, %122, %123, %124, %125, %126, %127"
-#define SIMPLE_MOE_WGMMA_OF(type, columns, sums, a_name, b_name, ...)                          \
+#define SIMPLE_MOE_WGMMA(type, columns, sums, a_name, b_name, ...)                             \
   asm volatile("{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned.m64n" columns \
                "k16.f32." type "." type " {" sums "}, " a_name ", " b_name ", p, 1, 1, 0, 0;}" \
                : __VA_ARGS__                                                                   \
                : "l"(a), "l"(b)                                                                \
                : "memory")
-#define SIMPLE_MOE_WGMMA(...)                 \
-  if constexpr (std::is_same_v<T, bf16>)      \
-    SIMPLE_MOE_WGMMA_OF("bf16", __VA_ARGS__); \
-  else                                        \
-    SIMPLE_MOE_WGMMA_OF("f16", __VA_ARGS__)
 
 // d[64, 8 kJ] += a[64, 16] * b[8 kJ, 16].T, float32 accumulators: a warp has 16 of the rows, and of
 // each 8 columns what mma_m16n8k16 gives it.
@@ -206,11 +202,11 @@ template <typename T, int kJ>
 __device__ __forceinline__ void wgmma(float (&d)[kJ][4], uint64_t a, uint64_t b) {
   static_assert(kJ == 24 || kJ == 32, "more are a line each");
   if constexpr (kJ == 24) {
-    SIMPLE_MOE_WGMMA("192", SIMPLE_MOE_NAMES_96, "%96", "%97", SIMPLE_MOE_SUMS_64(0),
-                     SIMPLE_MOE_SUMS_32(16));
+    SIMPLE_MOE_OF_TYPE(SIMPLE_MOE_WGMMA, "192", SIMPLE_MOE_NAMES_96, "%96", "%97",
+                       SIMPLE_MOE_SUMS_64(0), SIMPLE_MOE_SUMS_32(16));
   } else {
-    SIMPLE_MOE_WGMMA("256", SIMPLE_MOE_NAMES_128, "%128", "%129", SIMPLE_MOE_SUMS_64(0),
-                     SIMPLE_MOE_SUMS_64(16));
+    SIMPLE_MOE_OF_TYPE(SIMPLE_MOE_WGMMA, "256", SIMPLE_MOE_NAMES_128, "%128", "%129",
+                       SIMPLE_MOE_SUMS_64(0), SIMPLE_MOE_SUMS_64(16));
   }
 }
 

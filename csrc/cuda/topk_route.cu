@@ -45,7 +45,7 @@ __device__ uint64_t largest_below(uint64_t limit, const uint32_t* keys, int64_t 
     const uint64_t rank = rank_of(keys[i], i);
     if (rank < limit && rank > best) best = rank;
   }
-  return warp_max(best);
+  return warp_reduce(best, [](auto a, auto b) { return max(a, b); });
 }
 
 // One token's scores, from its logits.
@@ -61,12 +61,12 @@ class Scores {
       const float logit = ptx::to_float(logits_[e]);
       if (logit > largest_) largest_ = logit;
     }
-    largest_ = warp_max(largest_);
+    largest_ = warp_reduce(largest_, [](auto a, auto b) { return max(a, b); });
     for (int64_t e = lane; e < p.experts; e += 32) {
       const float term = expf(ptx::to_float(logits_[e]) - largest_);
       if (term == term) sum_ += term;
     }
-    sum_ = warp_sum(sum_);
+    sum_ = warp_reduce(sum_, [](float a, float b) { return a + b; });
   }
 
   __device__ float operator()(int64_t expert) const {
