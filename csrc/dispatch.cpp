@@ -50,6 +50,7 @@ bool Place::grouped_gemv_suits(const GroupedGemm& p) const {
 bool Place::reads_whole_vectors(const GroupedGemm& p) const {
   return on_cuda() && cuda::reads_whole_vectors(p);
 }
+bool Place::l2_keeps(int64_t bytes) const { return on_cuda() && cuda::l2_keeps(bytes); }
 void Place::grouped_gemv(const GroupedGemm& p) const { cuda::grouped_gemv(p, stream()); }
 void Place::row_tiles(const GroupedGemm& p) const {
   if (p.row_tiles.height > 0) cuda::row_tiles(p, stream());
@@ -60,6 +61,7 @@ int64_t Place::sort_by_expert_counts(int64_t, int64_t) const { return 0; }
 RowTiles Place::plan_row_tiles(int64_t, int64_t, int64_t, int64_t, bool, bool) const { return {}; }
 bool Place::grouped_gemv_suits(const GroupedGemm&) const { return false; }
 bool Place::reads_whole_vectors(const GroupedGemm&) const { return false; }
+bool Place::l2_keeps(int64_t) const { return false; }
 void Place::grouped_gemv(const GroupedGemm&) const {}
 void Place::row_tiles(const GroupedGemm&) const {}
 #endif

@@ -31,6 +31,8 @@ class Place {
 
   // Whether grouped_gemv is there, and the best for this product.
   bool grouped_gemv_suits(const GroupedGemm& p) const;
+  // Whether L2 should keep so much that is read soon. Not on CPUs.
+  bool l2_keeps(int64_t bytes) const;
   // Whether k may be split.
   bool reads_whole_vectors(const GroupedGemm& p) const;
 

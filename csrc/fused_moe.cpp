@@ -173,6 +173,7 @@ void run_chunk(const Inputs& in, const Place& place, const Backend& backend,
   first.source_count = tokens;
   first.ids.data = offset(first.ids.data, first_slot * (layer.ids_are_int64 ? 8 : 4));
   first.out = rows.at<void>(workspace.h1_at);
+  first.keep_out = place.l2_keeps(element_size(layer.dtype) * slots * layer.intermediate);
 
   GroupedGemm second = in.second;
   second.a = first.out;
@@ -218,6 +219,8 @@ void run_chunk(const Inputs& in, const Place& place, const Backend& backend,
   second.row_weights = Floats{sort.row_weights};
   second.out = rows.at<void>(workspace.h2_at);
   second.out_dtype = workspace.h2_dtype;
+  second.keep_out =
+      place.l2_keeps(element_size(second.out_dtype) * slots * layer.hidden << second.split_log2);
   backend.grouped_gemm(second, place.stream());
 
   const Combine sum{

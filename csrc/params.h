@@ -178,6 +178,7 @@ struct GroupedGemm {
   Floats row_weights;  // [rows] or null
   void* out;           // [rows, n], contiguous rows out_stride apart
   int64_t out_stride;
+  bool keep_out = false;  // A GPU is to keep `out` in L2, for it is read soon.
   bool zero_other_rows;
   // For grouped_gemv, which goes by these in the place of expert_offsets and what is made of them:
   // row r is slot r's, of the token r / topk. A first product's `a` has a row a token, as has a

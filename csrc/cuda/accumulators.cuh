@@ -175,7 +175,7 @@ class Accumulators {
         }
         for (float& value : values) value *= weight;
         const int64_t to = to_row * p.out_stride + item.part * p.n + column;
-        store_vector(static_cast<Out*>(p.out) + to, kVector, true, values);
+        store_vector(static_cast<Out*>(p.out) + to, kVector, true, values, p.keep_out);
       }
     }
   }

@@ -57,6 +57,7 @@ DeviceInfo ask(int device) {
           static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)),
       .smem_per_sm =
           static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)),
+      .l2_bytes = attribute(cudaDevAttrL2CacheSize, device),
       .major = attribute(cudaDevAttrComputeCapabilityMajor, device),
       .minor = attribute(cudaDevAttrComputeCapabilityMinor, device),
       .early_launch = false,

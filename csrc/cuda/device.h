@@ -11,6 +11,7 @@ struct DeviceInfo {
   int sm_count;
   size_t smem_per_block;  // the most that one block may have
   size_t smem_per_sm;
+  int64_t l2_bytes;
   int major, minor;  // compute capability
   // Whether a kernel may start before those before it are done (programmatic dependent launch):
   // needs SM90, and code that was compiled for it (PTX for SM80 has no instruction to wait).

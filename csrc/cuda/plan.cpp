@@ -35,6 +35,11 @@ RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t first_n, int64_t 
   return plan_row_tiles(rows, experts, first_n, second_n, may_split, wgmma, device_info());
 }
 
+// Weights stream through L2 meanwhile. What they push out is written to memory, which costs more
+// than its bytes, and read again. But too much would push itself out, and leave the weights that
+// several tiles share no room.
+bool l2_keeps(int64_t bytes) { return 6 * bytes <= device_info().l2_bytes; }
+
 }  // namespace simple_moe::cuda
 
 // Of a 16-bit layer without wgmma on a GPU of so many multiprocessors and so much shared memory a
@@ -49,6 +54,7 @@ extern "C" __attribute__((visibility("default"))) const char* simple_moe_plan(
   const DeviceInfo device{.sm_count = sms,
                           .smem_per_block = smem,
                           .smem_per_sm = smem + 1024,
+                          .l2_bytes = 0,
                           .major = 8,
                           .minor = 0,
                           .early_launch = false};

@@ -18,6 +18,9 @@ int64_t sort_by_expert_counts(int64_t slots, int64_t experts);
 RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t first_n, int64_t second_n,
                         bool may_split, bool wgmma);
 
+// Whether so much between a layer's kernels should be kept in L2 (GroupedGemm::keep_out).
+bool l2_keeps(int64_t bytes);
+
 void topk_route(const TopkRoute& p, cudaStream_t stream);
 void sort_by_expert(const SortByExpert& p, cudaStream_t stream);
 void row_tiles(const GroupedGemm& p, cudaStream_t stream);        // p.row_tiles of p.expert_offsets

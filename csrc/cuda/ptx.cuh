@@ -101,6 +101,19 @@ __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
+// 16 bytes, aligned. `keep`: L2 rather gives up what isn't stored so.
+__device__ __forceinline__ void store_16(void* to, const uint4& x, bool keep) {
+  if (!keep) {
+    *static_cast<uint4*>(to) = x;
+  } else {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(x.x),
+                 "r"(x.y), "r"(x.z), "r"(x.w), "l"(policy)
+                 : "memory");
+  }
+}
+
 // Waits until at most kPending of this thread's committed groups are still in flight.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {

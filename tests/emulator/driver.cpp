@@ -262,6 +262,7 @@ void serve(const std::string& name, Request& r) {
   device = {r.scalar<int>("sm_count"),
             r.scalar<size_t>("smem_per_block"),
             r.scalar<size_t>("smem_per_sm"),
+            0,
             8,
             0,
             false};

@@ -302,6 +302,10 @@ void cp_async_16(uint32_t address, const void* global, bool valid, EMULATOR_WHER
   emulator::current->open_group.push_back({smem, valid ? global : nullptr});
 }
 
+inline void store_16(void* to, const uint4& x, bool) {
+  *static_cast<uint4*>(to) = x;  // The sanitizers see where it is, and how aligned.
+}
+
 inline void cp_async_commit() {
   emulator::maybe_switch(true);
   emulator::Thread& thread = *emulator::current;
