@@ -510,12 +510,15 @@ print("right")
         "sms=108,smem_kb=163",
         "sms=128,smem_kb=99",
         "sms=1,smem_kb=99",
+        "memory_gbps=2000",
+        "memory_gbps=5000",
         "early_launch=0",
         "sms=108,smem_kb=163,early_launch=0",
     ],
 )
 def test_the_limits_of_other_gpus(gpu, cuda):
-    """An A100's, an RTX 4090's, a GPU of one multiprocessor; kernels that start early or don't."""
+    """An A100's, an RTX 4090's, a GPU of one multiprocessor; slow memory and fast; kernels that
+    start early or don't."""
     result = subprocess.run(
         [sys.executable, "-c", SMALL],
         env={**os.environ, "SIMPLE_MOE_TEST_DEVICE": gpu},

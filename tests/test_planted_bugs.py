@@ -117,8 +117,8 @@ PLANTED = {
         SHAPE, "branch_row(p, column, line % 16 >= 8)", "branch_row(p, column, line % 16 < 8)",
         properties.test_grouped_gemm_activation),
     "k past the end copied": (
-        COPIER, "const bool valid = k_ + ahead * Shape::kDepth < static_cast<int>(p_.k);",
-        "const bool valid = true; (void)ahead;", whole_vectors),
+        COPIER, "const int left = static_cast<int>(p_.k) - k_ - ahead * Shape::kDepth;",
+        "const int left = 1 << 20;", whole_vectors),
     "rows past the last copied": (
         COPIER, "a_passes_ = passes(item.row_count);", "a_passes_ = Shape::kPassesA;",
         whole_vectors),

@@ -26,7 +26,7 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// "sms=108,smem_kb=163,early_launch=0", or some of them.
+// "sms=108,smem_kb=163,memory_gbps=2000,early_launch=0", or some of them.
 void override_with(std::string_view text, DeviceInfo& info) {
   for (std::string_view rest = text; !rest.empty();) {
     const std::string_view field = rest.substr(0, rest.find(','));
@@ -40,12 +40,15 @@ void override_with(std::string_view text, DeviceInfo& info) {
       info.early_launch = false;
     } else if (name == "sms" && number && value > 0) {
       info.sm_count = value;
+    } else if (name == "memory_gbps" && number) {
+      info.memory_gbps = value;
     } else if (name == "smem_kb" && number && value > 0) {
       info.smem_per_block = static_cast<size_t>(value) << 10;
       info.smem_per_sm = static_cast<size_t>(value + 1) << 10;  // CUDA keeps 1 KB for itself.
     } else {
-      throw std::runtime_error("simple_moe: SIMPLE_MOE_TEST_DEVICE is '" + std::string(text) +
-                               "', expected one like sms=108,smem_kb=163,early_launch=0");
+      throw std::runtime_error(
+          "simple_moe: SIMPLE_MOE_TEST_DEVICE is '" + std::string(text) +
+          "', expected one like sms=108,smem_kb=163,memory_gbps=2000,early_launch=0");
     }
   }
 }
@@ -58,6 +61,9 @@ DeviceInfo ask(int device) {
       .smem_per_sm =
           static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)),
       .l2_bytes = attribute(cudaDevAttrL2CacheSize, device),
+      // Two transfers a clock, of kHz; bits.
+      .memory_gbps = int64_t{2} * attribute(cudaDevAttrMemoryClockRate, device) *
+                     attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8 / 1'000'000,
       .major = attribute(cudaDevAttrComputeCapabilityMajor, device),
       .minor = attribute(cudaDevAttrComputeCapabilityMinor, device),
       .early_launch = false,

@@ -11,8 +11,8 @@ struct DeviceInfo {
   int sm_count;
   size_t smem_per_block;  // the most that one block may have
   size_t smem_per_sm;
-  int64_t l2_bytes;
-  int major, minor;  // compute capability
+  int64_t l2_bytes, memory_gbps;  // gbps: by its clock and width
+  int major, minor;               // compute capability
   // Whether a kernel may start before those before it are done (programmatic dependent launch):
   // needs SM90, and code that was compiled for it (PTX for SM80 has no instruction to wait).
   bool early_launch;
@@ -30,8 +30,9 @@ SIMPLE_MOE_HOST_DEVICE constexpr int most_smem(int ptx_version) {
 // from PTX for SM80, on whatever GPU.
 int compiled_for();
 
-// Of the current device. SIMPLE_MOE_TEST_DEVICE="sms=108,smem_kb=163,early_launch=0" overrides it,
-// so that one GPU can stand in for another in tests.
+// Of the current device.
+// SIMPLE_MOE_TEST_DEVICE="sms=108,smem_kb=163,memory_gbps=2000,early_launch=0" overrides it, so
+// that one GPU can stand in for another in tests.
 const DeviceInfo& device_info();
 
 }  // namespace simple_moe

@@ -12,7 +12,7 @@ namespace simple_moe::cuda {
 template <GemmTile kShape>
 struct GemmShape {
   static constexpr GemmTile kTile = kShape;
-  static constexpr bool kWgmma = kShape.wgmma, kReadsOn = kShape.reads_on();
+  static constexpr bool kWgmma = kShape.wgmma, kReadsOn = kShape.reads_on;
   static constexpr int kBehind = kShape.behind(), kAhead = kShape.stages - kBehind;
   static constexpr int kRows = kShape.rows, kCols = kShape.cols, kDepth = kShape.depth;
   static constexpr int kStages = kShape.stages, kWarpRows = kShape.warp_rows;

@@ -55,6 +55,7 @@ extern "C" __attribute__((visibility("default"))) const char* simple_moe_plan(
                           .smem_per_block = smem,
                           .smem_per_sm = smem + 1024,
                           .l2_bytes = 0,
+                          .memory_gbps = 0,
                           .major = 8,
                           .minor = 0,
                           .early_launch = false};

@@ -263,6 +263,7 @@ void serve(const std::string& name, Request& r) {
             r.scalar<size_t>("smem_per_block"),
             r.scalar<size_t>("smem_per_sm"),
             0,
+            0,
             8,
             0,
             false};
