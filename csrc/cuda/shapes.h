@@ -185,8 +185,8 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
   const int64_t items = tiles.most * column_tiles(size.n, size.gated, tile.cols);
   const int least = narrowest(tile.rows);
   if (tile.cols == least) return true;
-  // Of the lowest tiles wide ones that fill the GPU: for the second product, which has few steps,
-  // and for the first where several tiles may share a weight, and each reads it from L2.
+  // Of the lowest tiles wide ones that fill the GPU: for the second product, and for the first
+  // where several tiles may share a weight, and each reads it from L2. (By measurement: NOTES.md.)
   if (tile.rows == 16) {
     return items >= blocks && (size.is_second || mean_rows(size.rows, size.experts) > 8);
   }
