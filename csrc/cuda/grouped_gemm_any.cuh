@@ -80,32 +80,26 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   ptx::follow_earlier_kernels();
   unsigned char* const smem = ptx::dynamic_smem();
   const Items items(p, column_tiles);
-  int done = 0;  // rows of the item, which may be higher than the tile: it is taken in pieces
-  for (unsigned number = blockIdx.x;;) {
+  for (unsigned number = blockIdx.x;; number += gridDim.x) {
     Item item = items.find(number, items.look(number));
+    const int end = item.row_begin + item.row_count;
     if (item.row_count == 0) break;
-    item.row_begin += done;
-    item.row_count -= done;
-    if (item.row_count > Shape::kRows) item.row_count = Shape::kRows;
-    if (item.row_count <= 0) {
-      done = 0;
-      number += gridDim.x;
-      continue;
+    // It may be higher than the tile: it is taken in pieces.
+    for (; item.row_begin < end; item.row_begin += Shape::kRows) {
+      item.row_count = static_cast<int16_t>(min(end - item.row_begin, Shape::kRows));
+      MmaTile<Shape> product;
+      product.multiply(rows_of_a<Shape>(p, item, aligned.a),
+                       columns_of_b<Shape, kLineMajorB>(p, item, aligned.b), p.k, smem);
+      const int width = is_gated(p.activation.kind) ? Shape::kCols / 2 : Shape::kCols;
+      product.stage(smem, [&](int first, const float* staged) {
+        finish_rows(p, item.expert, item.row_begin + first,
+                    min(item.row_count - first, Shape::kStagedRows),
+                    static_cast<int64_t>(item.column_tile) * width, width, aligned.out,
+                    [&](int row, int column, bool up) {
+                      return staged[row * Shape::kPitch + (up ? width : 0) + column];
+                    });
+      });
     }
-    done += Shape::kRows;
-    MmaTile<Shape> product;
-    product.multiply(rows_of_a<Shape>(p, item, aligned.a),
-                     columns_of_b<Shape, kLineMajorB>(p, item, aligned.b), p.k, smem);
-    const int width = is_gated(p.activation.kind) ? Shape::kCols / 2 : Shape::kCols;
-    product.stage(smem, [&](int first, const float* staged) {
-      const int left = item.row_count - first;
-      const int rows = left < Shape::kStagedRows ? left : Shape::kStagedRows;
-      finish_rows(p, item.expert, item.row_begin + first, rows,
-                  static_cast<int64_t>(item.column_tile) * width, width, aligned.out,
-                  [&](int row, int column, bool up) {
-                    return staged[row * Shape::kPitch + (up ? width : 0) + column];
-                  });
-    });
   }
 }
 
@@ -117,11 +111,11 @@ void launch_any_shape(const GroupedGemm& p, cudaStream_t stream) {
   const int64_t columns = column_tiles(p, Shape::kCols);
   const int64_t items = p.row_tiles.most * columns;
   const bool line_major = p.b_col_stride != 1;
-  bool b_aligned = rows_are_aligned(p.b, p.b_expert_stride, p.dtype) &&
-                   rows_are_aligned(p.b, line_major ? p.b_col_stride : p.b_row_stride, p.dtype);
-  if (line_major && is_gated(p.activation.kind)) {
-    b_aligned = b_aligned && p.n % kVector == 0 && p.gate_layout != GateLayout::kInterleaved;
-  }
+  const bool a_vector_each = !line_major || !is_gated(p.activation.kind) ||
+                             (p.n % kVector == 0 && p.gate_layout != GateLayout::kInterleaved);
+  const bool b_aligned =
+      a_vector_each && rows_are_aligned(p.b, p.b_expert_stride, p.dtype) &&
+      rows_are_aligned(p.b, line_major ? p.b_col_stride : p.b_row_stride, p.dtype);
   const Alignment aligned{rows_are_aligned(p.a, p.a_stride, p.dtype), b_aligned,
                           rows_are_aligned(p.out, p.out_stride, p.out_dtype)};
   launch<Start::kEarly>(
