@@ -7,8 +7,9 @@
 namespace simple_moe {
 
 // Calls `f` with a value of the type behind `dtype`.
+#pragma nv_exec_check_disable
 template <typename F>
-void with_type(DType dtype, const F& f) {
+SIMPLE_MOE_HOST_DEVICE void with_type(DType dtype, const F& f) {
   if (dtype == DType::kFloat32) return f(float());
   if (dtype == DType::kFloat16) return f(f16());
   f(bf16());
@@ -51,13 +52,9 @@ __device__ __forceinline__ void store_vector(T* row, int count, bool aligned,
 // The same to data[index ...] of a dtype known at run time.
 __device__ __forceinline__ void store_vector(void* data, DType dtype, int64_t index, int count,
                                              bool aligned, const float (&values)[kVector]) {
-  if (dtype == DType::kFloat32) {
-    store_vector(static_cast<float*>(data) + index, count, aligned, values);
-  } else if (dtype == DType::kFloat16) {
-    store_vector(static_cast<f16*>(data) + index, count, aligned, values);
-  } else {
-    store_vector(static_cast<bf16*>(data) + index, count, aligned, values);
-  }
+  with_type(dtype, [&](auto type) {
+    store_vector(static_cast<decltype(type)*>(data) + index, count, aligned, values);
+  });
 }
 
 }  // namespace simple_moe
