@@ -181,7 +181,7 @@ def test_sort_by_expert(emulator, data, dtype, seed, machine):
     slots = data.draw(st.integers(0, data.draw(st.sampled_from([5, 100, 3000]))))
     expert_offset = data.draw(st.sampled_from([0, experts, 3]))
     if data.draw(st.booleans()):
-        machine["smem_per_block"] = 16 << 10
+        machine["smem_per_block"] = 4 << 10  # 512 experts' counts don't fit
     random = Random(seed)
     ids = random.integers(slots, low=-2, high=experts + 2, dtype=dtype) + expert_offset
     if data.draw(st.booleans()):  # all tokens to one expert, but for a few

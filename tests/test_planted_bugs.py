@@ -149,16 +149,20 @@ PLANTED = {
         properties.test_topk_route),
     "NaN counted in the sum": (ROUTE, "if (term == term) sum_", "sum_", properties.test_topk_route),
     "counts not waited for": (
-        SORT, "__syncthreads();\n  }\n\n  constexpr", "}\n\n  constexpr",
+        SORT, "__syncthreads();  // all is counted", "", properties.test_sort_by_expert),
+    "counts cleared late": (
+        SORT, "__syncthreads();  // the counts are zero", "", properties.test_sort_by_expert),
+    "slots of the block counted before it": (
+        SORT, "(kOfLane * warp + i) < first", "(kOfLane * warp + i) <= first",
         properties.test_sort_by_expert),
     "chunks' counts not carried on": (
-        SORT, "in_bin += here[i];", "in_bin = here[i];",
+        SORT, "sum += p.counts[c * bins + bin]", "sum = p.counts[c * bins + bin]",
         properties.test_sort_by_expert_many_chunks),
     "place changed while read": (
         SORT, "__syncwarp();  // all have read the place", "", properties.test_sort_by_expert),
     "two blocks' chunks scattered": (
         SORT, "of_block >= plan.chunks_of_block) return", "of_block > plan.chunks_of_block) return",
-        properties.test_sort_by_expert),
+        properties.test_sort_by_expert_many_chunks),
     "last offset not written": (
         SORT, "p.expert_offsets[bin] =", "if (bin < p.ids.experts) p.expert_offsets[bin] =",
         properties.test_sort_by_expert),

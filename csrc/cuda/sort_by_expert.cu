@@ -1,16 +1,16 @@
 // sort_by_expert: a stable counting sort of the slots by local expert.
 //
-// The slots are cut into chunks, in order; one warp takes one chunk:
-//   count    how many of its slots each expert gets
-//   sum      over the experts and chunks before: where its slots of each expert go
+//   count    how many slots each expert gets, and how many of them come before one's own
+//   sum      over the experts before: where each one's slots begin
 //   scatter  32 slots at a time, in order; lanes of one expert take consecutive places
 // The bin after the last expert takes the slots whose expert is not held here. The row tiles are
 // laid out by the way, where they are wanted.
 //
-// Few slots: all three in one kernel, everything between them in registers and shared memory, so
-// that the latency of memory is paid once. Its blocks all count and sum the same, and each scatters
-// some of the chunks: those stores, a sector each, are what takes a multiprocessor's time. Many: a
-// kernel before it counts, in global memory, and the blocks sum what it found.
+// Few slots: one kernel, everything between in registers and shared memory, so that the latency of
+// memory is paid once. Its blocks all count all slots, those before their own apart, and each
+// scatters 32. The code is run through once: its length is time too. Many: the slots are cut into
+// chunks, in order, one for a warp. One kernel counts each chunk's, in global memory, and the
+// blocks of the next sum what it found and scatter their chunks.
 
 #include "block_scan.cuh"
 #include "device.h"
@@ -32,13 +32,6 @@ struct Slots {
       const int64_t slot = first + 32 * i + threadIdx.x % 32;
       bin[i] = slot < end ? static_cast<int>(local_expert(p.ids, slot)) : -1;
       weight[i] = slot < end && p.source_rows ? load_float(p.topk_weights, slot) : 0.0f;
-    }
-  }
-
-  __device__ void add_to(int32_t* counts) const {
-#pragma unroll
-    for (int i = 0; i < kOfLane; ++i) {
-      if (bin[i] >= 0) atomicAdd(&counts[bin[i]], 1);
     }
   }
 
@@ -70,15 +63,61 @@ struct Slots {
   float weight[kOfLane];
 };
 
-// By one warp, of its own chunk.
-__device__ __forceinline__ void clear(int32_t* counts, int64_t bins) {
-  for (int64_t bin = threadIdx.x % 32; bin < bins; bin += 32) counts[bin] = 0;
-  __syncwarp();
+// By all threads of a block: begin(bin, place) with each bin's first place, count(bin) slots being
+// in one. The first block writes the offsets and the row tiles.
+template <typename Sum, typename Count, typename Begin>
+__device__ __forceinline__ void begin_bins(const SortByExpert& p, Sum* totals, const Count& count,
+                                           const Begin& begin) {
+  const int64_t bins = p.ids.experts + 1;
+  constexpr int kHalf = 4 * sizeof(Sum);
+  Sum before = 0;  // of the bins before this round's: slots, and row tiles in the high half
+  const int height = p.row_tiles.height;
+  for (int64_t first_bin = 0; first_bin < bins; first_bin += blockDim.x) {
+    const int64_t bin = first_bin + threadIdx.x;
+    const int in_bin = bin < bins ? count(bin) : 0;
+    // Unsigned: there may be nearly 2^31.
+    const int tiles = height > 0 && bin < p.ids.experts ? (0u + in_bin + height - 1) / height : 0;
+    const Sum both = static_cast<Sum>(tiles) << kHalf | in_bin;
+    Sum of_round;
+    const Sum upto = before + block_scan(both, totals, of_round) - both;
+    const auto place = static_cast<int>(upto & ((Sum{1} << kHalf) - 1));
+    before += of_round;
+    if (bin >= bins) continue;
+    begin(bin, place);
+    if (blockIdx.x > 0) continue;
+    p.expert_offsets[bin] = place;
+    if (tiles > 0) write_row_tiles(p.row_tiles, bin, place, in_bin, tiles, upto >> kHalf);
+  }
+  if (height > 0 && blockIdx.x + threadIdx.x == 0)
+    *p.row_tiles.head = {static_cast<int32_t>(before >> kHalf), {}};
+  __syncthreads();
 }
 
-__device__ int64_t end_of_chunk(const SortByExpert& p, const SortPlan& plan, int chunk) {
-  const int64_t end = (chunk + 1) * plan.length;
-  return chunk >= plan.chunks ? 0 : end < p.slots ? end : p.slots;
+// Shared memory: a block scan's totals; counts of the slots before the block's, and of the others,
+// in whose place come where bins begin, [2][bins].
+template <int kOfLane>
+__global__ void __launch_bounds__(32 * kMaxWarps) sort_few_kernel(const SortByExpert p) {
+  ptx::follow_earlier_kernels();
+  const int bins = static_cast<int>(p.ids.experts) + 1, warp = threadIdx.x / 32;
+  const int64_t first = blockIdx.x * 32, end = warp == 0 ? p.slots : 0;
+  const Slots<1> own(p, first, end);
+  const Slots<kOfLane> all(p, 32 * kOfLane * warp, p.slots);  // a part for each warp
+  static_assert(32 * kOfLane * kMaxWarps < 1 << 16, "a sum and the tiles share 32 bits");
+  uint32_t* const totals = reinterpret_cast<uint32_t*>(ptx::dynamic_smem());
+  int32_t* const before = reinterpret_cast<int32_t*>(totals + kMaxWarps);
+  int32_t* const others = before + bins;
+  for (int i = threadIdx.x; i < 2 * bins; i += blockDim.x) before[i] = 0;
+  __syncthreads();  // the counts are zero
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) {
+    const bool earlier = 32 * (kOfLane * warp + i) < first;
+    if (all.bin[i] >= 0) atomicAdd(&(earlier ? before : others)[all.bin[i]], 1);
+  }
+  __syncthreads();  // all is counted
+  begin_bins(
+      p, totals, [&](int64_t bin) { return before[bin] + others[bin]; },
+      [&](int64_t bin, int place) { others[bin] = place; });
+  own.scatter(p, first, end, others, before);
 }
 
 // Fills p.counts [chunks][bins], by way of as many places in shared memory as sort_kernel has.
@@ -87,112 +126,82 @@ __global__ void __launch_bounds__(32 * kChunksOfBlock, 16)
   ptx::follow_earlier_kernels();
   const int chunk = blockIdx.x * plan.chunks_of_block + threadIdx.x / 32;
   if (chunk >= plan.chunks) return;
-  const int64_t bins = p.ids.experts + 1, end = end_of_chunk(p, plan, chunk);
+  const int64_t bins = p.ids.experts + 1, end = min((chunk + 1) * plan.length, p.slots);
   int32_t* const to = p.counts + chunk * bins;
   int32_t* const smem = reinterpret_cast<int32_t*>(ptx::dynamic_smem()) + threadIdx.x / 32 * bins;
   int32_t* const counts = plan.places_in_smem ? smem : to;
-  clear(counts, bins);
+  for (int64_t bin = threadIdx.x % 32; bin < bins; bin += 32) counts[bin] = 0;
+  __syncwarp();
   for (int64_t first = chunk * plan.length; first < end; first += kBatch) {
-    Slots<kSlotsOfLane>(p, first, end).add_to(counts);
+    const Slots<kSlotsOfLane> slots(p, first, end);
+    for (const int bin : slots.bin) {
+      if (bin >= 0) atomicAdd(&counts[bin], 1);
+    }
   }
   __syncwarp();
-  for (int64_t bin = threadIdx.x % 32; plan.places_in_smem && bin < bins; bin += 32) {
+  for (int64_t bin = threadIdx.x % 32; plan.places_in_smem && bin < bins; bin += 32)
     to[bin] = counts[bin];
-  }
 }
 
-// Shared memory: a block scan's totals, where bins begin and a chunk's places of each from there,
-// [1 + chunks_of_block][bins], if they fit and, of few slots, counts [chunks][bins].
-template <bool kFew, int kOfLane>
+// Shared memory: a block scan's totals; if they fit, where bins begin and a chunk's places of each
+// from there, [1 + chunks_of_block][bins].
 __global__ void __launch_bounds__(32 * kMaxWarps)
     sort_kernel(const SortByExpert p, const SortPlan plan) {
   ptx::follow_earlier_kernels();
   const int64_t bins = p.ids.experts + 1;
   const int first_chunk = blockIdx.x * plan.chunks_of_block;
-  const int chunk = (kFew ? 0 : first_chunk) + threadIdx.x / 32;
+  const int of_block = threadIdx.x / 32, chunk = first_chunk + of_block;
   int64_t* const totals = reinterpret_cast<int64_t*>(ptx::dynamic_smem());
-  int32_t* const smem = reinterpret_cast<int32_t*>(totals + kMaxWarps);
   const int64_t first_row = plan.chunks + blockIdx.x * (1 + plan.chunks_of_block);
-  int32_t* const begins = kFew || plan.places_in_smem ? smem : p.counts + first_row * bins;
+  int32_t* const begins = plan.places_in_smem ? reinterpret_cast<int32_t*>(totals + kMaxWarps)
+                                              : p.counts + first_row * bins;
   int32_t* const places = begins + bins;
-  int32_t* const counts = kFew ? places + plan.chunks_of_block * bins : p.counts;
-  const int64_t end = end_of_chunk(p, plan, chunk);
-  int64_t first = chunk * plan.length;
-  Slots<kOfLane> slots(p, first, kFew ? end : 0);
-  if constexpr (kFew) {
-    if (chunk < plan.chunks) {
-      clear(counts + chunk * bins, bins);
-      slots.add_to(counts + chunk * bins);
-    }
-    __syncthreads();
+  const auto sum_chunks = [&](int64_t bin) {
+    int sum = 0, c = 0;
+    const auto sum_upto = [&](int end) {
+#pragma unroll 16
+      for (; c < end; ++c) sum += p.counts[c * bins + bin];
+      return sum;
+    };
+    for (int row = 0; row < plan.chunks_of_block; ++row)
+      places[row * bins + bin] = sum_upto(first_chunk + row);
+    return sum_upto(plan.chunks);
+  };
+  begin_bins(p, totals, sum_chunks, [&](int64_t bin, int place) { begins[bin] = place; });
+  const int64_t end = min((chunk + 1) * plan.length, p.slots);
+  if (of_block >= plan.chunks_of_block) return;
+  for (int64_t first = chunk * plan.length; first < end; first += kBatch) {
+    Slots<kSlotsOfLane>(p, first, end).scatter(p, first, end, begins, places + of_block * bins);
   }
-
-  constexpr int kAtOnce = kFew ? 4 : 16;  // counts that a thread has in flight
-  int64_t before = 0;  // of the bins before this round's: slots, and row tiles in the high half
-  const int height = p.row_tiles.height;
-  for (int64_t first_bin = 0; first_bin < bins; first_bin += blockDim.x) {
-    const int64_t bin = first_bin + threadIdx.x;
-    int in_bin = 0;
-    for (int c = 0; bin < bins && c < plan.chunks; c += kAtOnce) {
-      int here[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        here[i] = c + i < plan.chunks ? counts[(c + i) * bins + bin] : 0;
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int of_block = c + i - first_chunk;
-        if (0 <= of_block && of_block < plan.chunks_of_block)
-          places[of_block * bins + bin] = in_bin;
-        in_bin += here[i];
-      }
-    }
-    // Unsigned: there may be nearly 2^31.
-    const int tiles = height > 0 && bin < p.ids.experts ? (0u + in_bin + height - 1) / height : 0;
-    const int64_t both = int64_t{tiles} << 32 | in_bin;
-    int64_t of_round;
-    const int64_t upto = before + block_scan(both, totals, of_round) - both;
-    const auto begin = static_cast<int32_t>(upto);
-    before += of_round;
-    if (bin >= bins) continue;
-    begins[bin] = begin;
-    if (blockIdx.x > 0) continue;
-    p.expert_offsets[bin] = begin;
-    if (tiles > 0) write_row_tiles(p.row_tiles, bin, begin, in_bin, tiles, upto >> 32);
-  }
-  if (height > 0 && blockIdx.x + threadIdx.x == 0)
-    *p.row_tiles.head = {static_cast<int32_t>(before >> 32), {}};
-  __syncthreads();
-  const int of_block = chunk - first_chunk;
-  if (of_block < 0 || of_block >= plan.chunks_of_block) return;
-  do {
-    if constexpr (!kFew) slots = Slots<kOfLane>(p, first, end);
-    slots.scatter(p, first, end, begins, places + of_block * bins);
-    first += kBatch;
-  } while (!kFew && first < end);
 }
 
 }  // namespace
 
 int64_t sort_by_expert_counts(int64_t slots, int64_t experts) {
+  if (are_few(slots, experts)) return 0;
   const SortPlan plan = plan_sort(slots, experts);
-  if (plan.few) return 0;
   const int64_t rows = plan.places_in_smem ? 0 : plan.blocks * (plan.chunks_of_block + 1);
   return (plan.chunks + rows) * (experts + 1);
 }
 
 void sort_by_expert(const SortByExpert& p, cudaStream_t stream) {
+  // A thread a bin as far as there are threads, and of few slots one for each, or for so many.
+  const bool few = are_few(p.slots, p.ids.experts);
   const SortPlan plan = plan_sort(p.slots, p.ids.experts);
-  // A warp a chunk, and a thread a bin as far as there are threads.
-  const int64_t warps = std::clamp<int64_t>(
-      ceil_div(p.ids.experts + 1, 32), plan.few ? plan.chunks : plan.chunks_of_block, kMaxWarps);
-  if (!plan.few) {
-    launch<Start::kEarly>(count_kernel, plan.blocks, 32 * plan.chunks_of_block, plan.smem, stream,
-                          p, plan);
+  const int64_t least = few ? ceil_div(p.slots, 32) : plan.chunks_of_block;
+  const int64_t warps =
+      std::min<int64_t>(std::max(least, ceil_div(p.ids.experts + 1, 32)), kMaxWarps);
+  if (few) {
+    const int64_t of_lane = ceil_div(p.slots, 32 * kMaxWarps);
+    return launch<Start::kEarly>(of_lane <= 1   ? sort_few_kernel<1>
+                                 : of_lane <= 4 ? sort_few_kernel<4>
+                                                : sort_few_kernel<kSlotsOfLane>,
+                                 std::max<int64_t>(ceil_div(p.slots, 32), 1), 32 * warps,
+                                 few_smem(p.ids.experts), stream, p);
   }
-  const auto few = plan.length > 32 ? sort_kernel<true, kSlotsOfLane> : sort_kernel<true, 1>;
-  launch<Start::kEarly>(plan.few ? few : sort_kernel<false, kSlotsOfLane>, plan.blocks, 32 * warps,
-                        plan.smem, stream, p, plan);
+  launch<Start::kEarly>(count_kernel, plan.blocks, 32 * plan.chunks_of_block, plan.smem, stream, p,
+                        plan);
+  launch<Start::kEarly>(sort_kernel, plan.blocks, 32 * warps, plan.smem, stream, p, plan);
 }
 
 }  // namespace simple_moe::cuda
