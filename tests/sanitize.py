@@ -35,18 +35,19 @@ def main(names: list[str]) -> None:
             (700, "contiguous", "idle", 72),
             (300, "transposed", "uniform", 72),
             # Row tiles of 16, 32, 64, 96 and 160 (256 columns and 128) in the kernels for whole
-            # vectors, of 128 and 192 by wgmma; and many.
+            # vectors, of 128 and 192 (by 192 and by 128) by wgmma; and many.
             (20, "contiguous", "skewed", 264),
             (60, "contiguous", "skewed", 264),
             (160, "contiguous", "masked", 264),
             (220, "contiguous", "skewed", 264),
             (400, "contiguous", "skewed", 264),
+            (600, "contiguous", "skewed", 80),
             (2000, "contiguous", "skewed", 72),
             (18, "contiguous", "masked", 64),  # k of the second product in two parts
         ):
             case = MoeCase(
                 tokens=tokens, layout=layout, routing=routing, hidden=hidden, dtype=dtype,
-                intermediate=72 if tokens == 1 else 1040 if hidden == 64 else hidden,
+                intermediate={1: 72, 18: 1040, 600: 2200}.get(tokens, hidden),
                 bias="float32", ids_dtype=torch.int64,
             )  # fmt: skip
             arguments = case.arguments("cuda")

@@ -200,7 +200,7 @@ def sm90():
         pytest.skip("needs a GPU of compute capability 9.0 and a build with code for it")
 
 
-# 150 rows an expert: row tiles of 192.
+# 150 rows an expert: row tiles of 192, by 128 columns; or of 192, for the wider first product.
 HIGHEST_TILES = MoeCase(
     tokens=600, hidden=1544, intermediate=1536, dtype=torch.bfloat16, routing="skewed",
     gate_layout="interleaved", bias="float32",
@@ -225,6 +225,7 @@ HIGHEST_TILES = MoeCase(
     )
 )
 @example(HIGHEST_TILES)
+@example(HIGHEST_TILES.but(intermediate=3072))
 @example(HIGHEST_TILES.but(dtype=torch.float16, gate_layout="up_gate", routing="masked"))
 def test_sm90_has_the_bits_of_sm80(sm90, case):
     """So that `auto` may take either, whatever T is."""

@@ -415,6 +415,7 @@ FEW_ROWS = WGMMA | dict(rows=500, n=72, k=72, experts=8, offsets="skewed", sm90=
 @given(gemms_of_whole_vectors(), st.sampled_from([0, 0, 1, 2]), SEEDS, MACHINES)
 @example(WGMMA, 0, 0, dict(seed=0, sm_count=1))
 @example(WGMMA | dict(bias="float32"), 1, 0, dict(seed=0, sm_count=1))
+@example(WGMMA | dict(n=376), 0, 0, dict(seed=0, sm_count=3))  # in tiles of 192 x 128
 @example(FEW_ROWS, 0, 0, dict(seed=0, sm_count=1))
 @example(FEW_ROWS | dict(bias="float32"), 2, 0, dict(seed=0, sm_count=1))
 def test_grouped_gemm_of_whole_vectors(emulator, case, split_log2, seed, machine):

@@ -94,9 +94,8 @@ __global__ void __launch_bounds__(kThreads)
       add_slots<false>(rows, p.expert_out_stride, count, slots, row, weight, sums);
     }
   }
-  if (count > 0) {
+  if (count > 0)
     store_vector(p.out, p.out_dtype, token * p.hidden + column, count, aligned_out, sums);
-  }
 }
 
 }  // namespace

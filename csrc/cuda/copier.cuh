@@ -91,7 +91,9 @@ class Copier {
     b_pass_stride_ =
         (apart ? Shape::kPass : 2 * Shape::kPass) * static_cast<uint32_t>(p_.b_row_stride);
     const int lines = static_cast<int>(gated ? 2 * p_.n : p_.n) - item.column_tile * Shape::kCols;
-    b_passes_ = item.row_count > 0 ? passes(lines) : 0;
+    constexpr bool kWhole =
+        Shape::kCols % Shape::kPass == 0;  // passes, else the last has fewer lines
+    b_passes_ = item.row_count > 0 ? passes(kWhole ? lines : min(lines, Shape::kCols)) : 0;
   }
 
   const GroupedGemm& p_;

@@ -27,14 +27,15 @@ struct GemmShape {
   static constexpr int kABytes = kRows * kLineBytes, kSlotBytes = kShape.slot_bytes();
   // Lines that all threads copy at once.
   static constexpr int kPass = kThreads / kAcross, kPassBytes = kPass * kLineBytes;
-  static constexpr int kPassesA = (kRows + kPass - 1) / kPass, kPassesB = kCols / kPass;
+  static constexpr int kPassesA = (kRows + kPass - 1) / kPass,
+                       kPassesB = (kCols + kPass - 1) / kPass;
   static constexpr int kStagedRows = kShape.staged_rows(), kStagedBytes = kShape.staged_bytes();
   static constexpr int kStagedCols = kShape.staged_cols(),
                        kStagedPitch = kStagedCols + 4;  // floats
   static constexpr int kStagedAt = kStages * kSlotBytes;
   static constexpr int kQueueAt = kStagedAt + kShape.staged_beside();
   static_assert(kRowsOfWarp % 16 == 0 && kColsOfWarp % 16 == 0, "fragments are 16 x 16");
-  static_assert(kPass % 16 == 0 && kCols % kPass == 0, "a thread copies gates or ups, not both");
+  static_assert(kPass % 16 == 0, "a thread copies gates or ups, not both");
   static_assert(!kWgmma || kShape.warps() * kStagedBytes <= kSlotBytes, "staged in a slot");
   static_assert(kDepth % 32 == 0, "fragments of b take turns in two sets of registers");
 

@@ -19,12 +19,9 @@ namespace {
 template <typename T>
 using WgradShape = TileShape<T, 128, 128, 64, 4, 2>;
 
-struct ExpertRows {
-  int begin, count;  // of a and b
-};
-
-// Offsets are clamped to [0, rows] and made monotonic by a running maximum.
-__device__ __forceinline__ ExpertRows rows_of(const GroupedGemmWgrad& p, int64_t expert) {
+// Of a and b: where an expert's rows begin, and how many there are. Offsets are clamped to [0,
+// rows] and made monotonic by a running maximum.
+__device__ __forceinline__ int2 rows_of(const GroupedGemmWgrad& p, int64_t expert) {
   int upto = 0;  // the running maximum before the expert
   for (int64_t e = threadIdx.x % 32; e <= expert; e += 32) {
     upto = max(upto, clamped_offset(p.expert_offsets, e, p.rows));
@@ -37,12 +34,12 @@ __device__ __forceinline__ ExpertRows rows_of(const GroupedGemmWgrad& p, int64_t
 // 128 columns of a or b from `first` on, of an expert's rows.
 template <typename T>
 __device__ __forceinline__ auto operand(const void* data, int64_t stride, int64_t width,
-                                        int64_t first, const ExpertRows& rows, bool aligned) {
+                                        int64_t first, int begin, int rows, bool aligned) {
   using Operand = LineMajor<T, WgradShape<T>::kCols, WgradShape<T>::kDepth>;
   const int64_t line = first + Operand::first_line(), left = width - line;
   const int count = left < 0 ? 0 : (left < kPer16<T> ? static_cast<int>(left) : kPer16<T>);
-  const T* const from = static_cast<const T*>(data) + rows.begin * stride + line;
-  return Operand{from, stride, 1, count, rows.count, aligned};
+  const T* const from = static_cast<const T*>(data) + begin * stride + line;
+  return Operand{from, stride, 1, count, rows, aligned};
 }
 
 // `out`: all that is needed of a product to be finished, p's experts below one another.
@@ -58,10 +55,10 @@ __global__ void __launch_bounds__(kMmaThreads)
     const int64_t expert = number / (m_tiles * n_tiles);
     const int64_t m = number % (m_tiles * n_tiles) / n_tiles * Shape::kRows;
     const int64_t n = number % n_tiles * Shape::kCols;
-    const ExpertRows rows = rows_of(p, expert);
+    const auto [begin, rows] = rows_of(p, expert);
     MmaTile<Shape> product;
-    product.multiply(operand<T>(p.a, p.a_stride, p.m, m, rows, a_aligned),
-                     operand<T>(p.b, p.b_stride, p.n, n, rows, b_aligned), rows.count, smem);
+    product.multiply(operand<T>(p.a, p.a_stride, p.m, m, begin, rows, a_aligned),
+                     operand<T>(p.b, p.b_stride, p.n, n, begin, rows, b_aligned), rows, smem);
     product.stage(smem, [&](int first, const float* staged) {
       const int64_t left = p.m - m - first;
       finish_rows(out, 0, expert * p.m + m + first,

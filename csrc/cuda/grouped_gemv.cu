@@ -45,11 +45,10 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
                 p.row_weights.data ? load_float(p.row_weights, first_slot + i) : 1.0f};
   }
   __syncthreads();  // the table is there
-  const auto row_of_b = [&](bool up) {
-    const int64_t row = kGated ? branch_row(p, first_column, up) : first_column;
-    return static_cast<const T*>(p.b) + row * p.b_row_stride;
-  };
-  const T *const gates = row_of_b(false), *const ups = row_of_b(true);
+  const T* const b = static_cast<const T*>(p.b);
+  const int64_t first_gate = kGated ? branch_row(p, first_column, false) : first_column;
+  const T* const gates = b + first_gate * p.b_row_stride;
+  const T* const ups = b + branch_row(p, first_column, true) * p.b_row_stride;
   const bool alternate = kGated && p.gate_layout == GateLayout::kInterleaved;
   const uint32_t row_bytes = static_cast<uint32_t>(p.b_row_stride * 2) << alternate;
   const T* const a =

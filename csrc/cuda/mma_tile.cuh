@@ -189,9 +189,9 @@ class MmaTile {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int first = 0; first < Shape::kRows; first += Shape::kStagedRows) {
-      const int row = warp_row() - first;
+      const int row = row_ - first;
       if (0 <= row && row < Shape::kStagedRows) {
-        float* const to = staged + (row + lane / 4) * Shape::kPitch + warp_col() + lane % 4 * 2;
+        float* const to = staged + (row + lane / 4) * Shape::kPitch + col_ + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < 2 * kI * kJ; ++n) {  // 8 rows and columns each
           const int i = n / kJ, j = n % kJ;
@@ -208,21 +208,14 @@ class MmaTile {
  private:
   static constexpr int kI = Shape::kRowsOfWarp / 16, kJ = Shape::kColsOfWarp / 8;
 
-  __device__ static int warp_row() {
-    return static_cast<int>(threadIdx.x / 32) / Shape::kWarpCols * Shape::kRowsOfWarp;
-  }
-  __device__ static int warp_col() {
-    return static_cast<int>(threadIdx.x / 32) % Shape::kWarpCols * Shape::kColsOfWarp;
-  }
-
   // 16 of k, on tensor cores.
   template <typename A, typename B>
   __device__ void multiply_16(const unsigned char* a_slot, const unsigned char* b_slot, int k16) {
     uint32_t a[kI][4], b[kJ / 2][4];
 #pragma unroll
-    for (int i = 0; i < kI; ++i) A::load(a[i], a_slot, warp_row() + i * 16, k16, true);
+    for (int i = 0; i < kI; ++i) A::load(a[i], a_slot, row_ + i * 16, k16, true);
 #pragma unroll
-    for (int j = 0; j < kJ / 2; ++j) B::load(b[j], b_slot, warp_col() + j * 16, k16, false);
+    for (int j = 0; j < kJ / 2; ++j) B::load(b[j], b_slot, col_ + j * 16, k16, false);
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
 #pragma unroll
@@ -235,7 +228,7 @@ class MmaTile {
   // One k, on the plain cores: a thread has the outputs that tensor cores would give it.
   template <typename A, typename B>
   __device__ void multiply_one(const unsigned char* a_slot, const unsigned char* b_slot, int k) {
-    const int row = warp_row() + threadIdx.x % 32 / 4, col = warp_col() + threadIdx.x % 4 * 2;
+    const int row = row_ + threadIdx.x % 32 / 4, col = col_ + threadIdx.x % 4 * 2;
     float a[2 * kI], b[2 * kJ];
 #pragma unroll
     for (int i = 0; i < 2 * kI; ++i) a[i] = A::at(a_slot, row + i * 8, k);
@@ -248,6 +241,9 @@ class MmaTile {
     }
   }
 
+  const int warp_ = static_cast<int>(threadIdx.x / 32);
+  const int row_ = warp_ / Shape::kWarpCols * Shape::kRowsOfWarp;  // this warp's first
+  const int col_ = warp_ % Shape::kWarpCols * Shape::kColsOfWarp;
   float acc_[kI][kJ][4] = {};
 };
 

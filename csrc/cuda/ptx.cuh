@@ -197,8 +197,9 @@ __device__ __forceinline__ uint64_t advance(uint64_t operand, int bytes) {
 #define SIMPLE_MOE_TEN(n) \
   "%" n "0, %" n "1, %" n "2, %" n "3, %" n "4, %" n "5, %" n "6, %" n "7, %" n "8, %" n "9, "
 #define SIMPLE_MOE_THIRTY(l, m, n) SIMPLE_MOE_TEN(l) SIMPLE_MOE_TEN(m) SIMPLE_MOE_TEN(n)
-#define SIMPLE_MOE_NAMES_90 \
-  SIMPLE_MOE_THIRTY("", "1", "2") SIMPLE_MOE_THIRTY("3", "4", "5") SIMPLE_MOE_THIRTY("6", "7", "8")
+#define SIMPLE_MOE_NAMES_60 SIMPLE_MOE_THIRTY("", "1", "2") SIMPLE_MOE_THIRTY("3", "4", "5")
+#define SIMPLE_MOE_NAMES_64 SIMPLE_MOE_NAMES_60 "%60, %61, %62, %63"
+#define SIMPLE_MOE_NAMES_90 SIMPLE_MOE_NAMES_60 SIMPLE_MOE_THIRTY("6", "7", "8")
 #define SIMPLE_MOE_NAMES_96 SIMPLE_MOE_NAMES_90 "%90, %91, %92, %93, %94, %95"
 #define SIMPLE_MOE_NAMES_120 SIMPLE_MOE_NAMES_90 SIMPLE_MOE_THIRTY("9", "10", "11")
 #define SIMPLE_MOE_NAMES_128 SIMPLE_MOE_NAMES_120 "%120, %121, %122, %123, %124, %125, %126, %127"
@@ -213,8 +214,11 @@ __device__ __forceinline__ uint64_t advance(uint64_t operand, int bytes) {
 // each 8 columns what mma_m16n8k16 gives it.
 template <typename T, int kJ>
 __device__ __forceinline__ void wgmma(float (&d)[kJ][4], uint64_t a, uint64_t b) {
-  static_assert(kJ == 24 || kJ == 32, "more are a line each");
-  if constexpr (kJ == 24) {
+  static_assert(kJ == 16 || kJ == 24 || kJ == 32, "more are a line each");
+  if constexpr (kJ == 16) {
+    SIMPLE_MOE_OF_TYPE(SIMPLE_MOE_WGMMA, "128", SIMPLE_MOE_NAMES_64, "%64", "%65",
+                       SIMPLE_MOE_SUMS_64(0));
+  } else if constexpr (kJ == 24) {
     SIMPLE_MOE_OF_TYPE(SIMPLE_MOE_WGMMA, "192", SIMPLE_MOE_NAMES_96, "%96", "%97",
                        SIMPLE_MOE_SUMS_64(0), SIMPLE_MOE_SUMS_32(16));
   } else {

@@ -178,6 +178,22 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t first_n, i
   return tiles;
 }
 
+// Whether a product takes less time in tiles of some columns than in others as high, a
+// multiprocessor having one: they go over the GPU in few rounds, and the last may leave most of it
+// idle. So what counts is the rounds times what one takes, for which its rows count as 64 columns.
+// A single round has nothing to hide its start and end behind, and counts as two.
+inline bool is_faster(const GemmTile& tile, const GemmTile& other, const ProductSize& size,
+                      const DeviceInfo& device) {
+  const auto time = [&](const GemmTile& of) {
+    const int64_t tiles_of_expert = ceil_div(mean_rows(size.rows, size.experts), of.rows);
+    const int64_t expected = active_experts(size.rows, size.experts) * tiles_of_expert *
+                             column_tiles(size.n, size.gated, of.cols);
+    const int64_t rounds = ceil_div(expected, device.sm_count);
+    return (rounds < 2 ? 2 : rounds) * (of.cols + 64);
+  };
+  return time(tile) < time(other);
+}
+
 // Whether a product has enough to do for a shape.
 inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize& size,
                   const DeviceInfo& device) {
@@ -190,17 +206,9 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
   if (tile.rows == 16) {
     return items >= blocks && (size.is_second || mean_rows(size.rows, size.experts) > 8);
   }
-  // The highest tiles go over the GPU in few rounds, and the last may leave most of it idle: what
-  // counts is the rounds times what one takes, for which its rows count as 64 columns. A single
-  // round has nothing to hide its start and end behind, and counts as two.
-  const auto time = [&](int cols) {
-    const int64_t tiles_of_expert = ceil_div(mean_rows(size.rows, size.experts), tile.rows);
-    const int64_t expected = active_experts(size.rows, size.experts) * tiles_of_expert *
-                             column_tiles(size.n, size.gated, cols);
-    const int64_t rounds = ceil_div(expected, device.sm_count);
-    return (rounds < 2 ? 2 : rounds) * (cols + 64);
-  };
-  if (tile.rows > 128) return time(tile.cols) <= time(least);
+  GemmTile narrow = tile;
+  narrow.cols = least;
+  if (tile.rows > 128) return !is_faster(narrow, tile, size, device);
   return items >= device.sm_count;
 }
 
