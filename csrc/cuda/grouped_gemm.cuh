@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(Product::Shape::kThreads, Product::Shape::kBlo
     const Item item = queue[number];
     if (item.row_count == 0) break;
     const int live = Product::live(item);
-    // Warps without rows multiply 16 or 32 of nobody's; a warpgroup would take 64, and doesn't.
+    // Warps without rows multiply up to 32 of nobody's; a warpgroup would take 64, and doesn't.
     if (!Shape::kWgmma || live > 0) {
       Product product;
       product.multiply_item(steps, live, copier, cursor);

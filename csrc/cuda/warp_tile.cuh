@@ -24,31 +24,34 @@ class WarpTile : public Accumulators<T, Shape> {
   // One item's product.
   __device__ void multiply_item(int steps, int live, Copier<Shape>& copier, Cursor<Shape>& cursor) {
     load_first(cursor.slot);
-    // A loop of its own pays where there is much to leave out.
-    kI > 2 && live < kI ? multiply_steps<false>(steps, live, copier, cursor)
-                        : multiply_steps<true>(steps, live, copier, cursor);
+    multiply_steps<kI>(steps, live, copier, cursor);
   }
 
  private:
-  template <bool kAll>
+  // Multiplies `live` times 16 rows, or some more: a loop for each number, for branches between the
+  // products cost as much as they leave out. For half of them and fewer there is one: all loops
+  // share their registers, and 160 x 256 with more of them spills.
+  template <int kLive>
   __device__ void multiply_steps(int steps, int live, Copier<Shape>& copier,
                                  Cursor<Shape>& cursor) {
+    if constexpr (kI > 2 && kLive > kI / 2) {
+      if (live < kLive) return multiply_steps<kLive - 1>(steps, live, copier, cursor);
+    }
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) multiply_step<kAll>(live, copier, cursor);
+    for (int step = 0; step < steps; ++step) multiply_step<kLive>(copier, cursor);
   }
 
   // The copies are spread over the products.
-  template <bool kAll, int kPair = 0>
-  __device__ void multiply_step(int live, Copier<Shape>& copier, Cursor<Shape>& cursor) {
+  template <int kLive, int kPair = 0>
+  __device__ void multiply_step(Copier<Shape>& copier, Cursor<Shape>& cursor) {
     constexpr int kPairs = Shape::kDepth / 32, kParts = 2 * kPairs - 1;
     constexpr auto first_pass = [](int part) { return part * Copier<Shape>::kPasses / kParts; };
-    multiply<kAll, 0>(
-        live, [&] { return uint2{cursor.slot, 2 * kPair + 1}; },
+    multiply<kLive, 0>(
+        [&] { return uint2{cursor.slot, 2 * kPair + 1}; },
         [&] {
           copier.template copy<first_pass(2 * kPair), first_pass(2 * kPair + 1)>(cursor.free);
         });
-    multiply<kAll, 1>(
-        live,
+    multiply<kLive, 1>(
         [&] {
           if constexpr (kPair + 1 < kPairs) return uint2{cursor.slot, 2 * kPair + 2};
           next_step(copier, cursor);
@@ -59,7 +62,7 @@ class WarpTile : public Accumulators<T, Shape> {
             copier.template copy<first_pass(2 * kPair + 1), first_pass(2 * kPair + 2)>(cursor.free);
           }
         });
-    if constexpr (kPair + 1 < kPairs) multiply_step<kAll, kPair + 1>(live, copier, cursor);
+    if constexpr (kPair + 1 < kPairs) multiply_step<kLive, kPair + 1>(copier, cursor);
   }
 
   // The fragments of a slot's first 16 of k.
@@ -72,21 +75,19 @@ class WarpTile : public Accumulators<T, Shape> {
   // Multiplies 16 of k and reads the fragments of the next: b's into the other of two sets of
   // registers, a's into those just used. `next()` says where they are: a slot, and which 16 of its
   // k; it may wait, for the tensor cores have been given work by then. So they have when `copy()`
-  // is called, the fragments are on their way, and nothing waits for its instructions. Unless kAll
-  // is true only the first `live` times 16 rows are multiplied, once at least.
-  template <bool kAll, int kSet, typename Next, typename Copy>
-  __device__ void multiply(int live, const Next& next, const Copy& copy) {
+  // is called, the fragments are on their way, and nothing waits for its instructions. Only the
+  // first kLive times 16 rows are multiplied.
+  template <int kLive, int kSet, typename Next, typename Copy>
+  __device__ void multiply(const Next& next, const Copy& copy) {
     multiply_row<kSet>(0);
     const auto [slot, k16] = next();
     load_b<kSet ^ 1>(slot, k16);
     load_a(0, slot, k16);
-    if constexpr (kI == 1) copy();
+    if constexpr (kLive == 1) copy();
 #pragma unroll
-    for (int i = 1; i < kI; ++i) {
-      if (kAll || i < live) {
-        multiply_row<kSet>(i);
-        load_a(i, slot, k16);
-      }
+    for (int i = 1; i < kLive; ++i) {
+      multiply_row<kSet>(i);
+      load_a(i, slot, k16);
       if (i == 1) copy();
     }
   }
