@@ -34,7 +34,7 @@ class WarpTile : public Accumulators<T, Shape> {
   template <int kLive>
   __device__ void multiply_steps(int steps, int live, Copier<Shape>& copier,
                                  Cursor<Shape>& cursor) {
-    if constexpr (kI > 2 && kLive > kI / 2) {
+    if constexpr (kLive > 1 && kLive > kI / 2) {
       if (live < kLive) return multiply_steps<kLive - 1>(steps, live, copier, cursor);
     }
 #pragma unroll 1
