@@ -112,7 +112,7 @@ PLANTED = {
     "gates and ups counted": (
         ITEMS, "? lines / 2 : lines", "? lines : lines", properties.test_grouped_gemm_second_waits),
     "high items not taken in pieces": (
-        ANY, "done += Shape::kRows", "done += p.row_tiles.height", properties.test_grouped_gemm),
+        ANY, "item.row_begin += Shape::kRows", "item.row_begin = end", properties.test_grouped_gemm),
     "gates and ups swapped": (
         SHAPE, "branch_row(p, column, line % 16 >= 8)", "branch_row(p, column, line % 16 < 8)",
         properties.test_grouped_gemm_activation),
@@ -123,7 +123,9 @@ PLANTED = {
         COPIER, "a_passes_ = passes(item.row_count);", "a_passes_ = Shape::kPassesA;",
         whole_vectors),
     "columns past the last copied": (
-        COPIER, "? passes(lines) : 0", "? passes(lines + Shape::kPass) : 0", whole_vectors),
+        COPIER, "kWhole ? lines :", "kWhole ? lines + Shape::kPass :", whole_vectors),
+    "lines past the tile copied": (
+        COPIER, "min(lines, Shape::kCols)", "lines", whole_vectors, WGMMA_F16),
     "last rows not written": (
         SUMS, "item.row_count - first_row(piece))", "item.row_count - first_row(piece) - 1)",
         whole_vectors),
