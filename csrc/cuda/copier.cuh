@@ -91,8 +91,8 @@ class Copier {
     b_pass_stride_ =
         (apart ? Shape::kPass : 2 * Shape::kPass) * static_cast<uint32_t>(p_.b_row_stride);
     const int lines = static_cast<int>(gated ? 2 * p_.n : p_.n) - item.column_tile * Shape::kCols;
-    constexpr bool kWhole =
-        Shape::kCols % Shape::kPass == 0;  // passes, else the last has fewer lines
+    // A tile's columns may be no whole passes: the last has fewer lines then.
+    constexpr bool kWhole = Shape::kCols % Shape::kPass == 0;
     b_passes_ = item.row_count > 0 ? passes(kWhole ? lines : min(lines, Shape::kCols)) : 0;
   }
 
