@@ -6,7 +6,7 @@
 
 namespace simple_moe {
 
-// Calls `f` with a value of the type behind `dtype`.
+// Calls `f` with a value of the type behind `dtype`. (The pragma: `f` may be for the GPU alone.)
 #pragma nv_exec_check_disable
 template <typename F>
 SIMPLE_MOE_HOST_DEVICE void with_type(DType dtype, const F& f) {

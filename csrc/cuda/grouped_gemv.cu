@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
   const T* const b = static_cast<const T*>(p.b);
   const int64_t first_gate = kGated ? branch_row(p, first_column, false) : first_column;
   const T* const gates = b + first_gate * p.b_row_stride;
-  const T* const ups = b + branch_row(p, first_column, true) * p.b_row_stride;
+  const T* const ups = b + branch_row(p, first_column, true) * p.b_row_stride;  // kGated
   const bool alternate = kGated && p.gate_layout == GateLayout::kInterleaved;
   const uint32_t row_bytes = static_cast<uint32_t>(p.b_row_stride * 2) << alternate;
   const T* const a =
