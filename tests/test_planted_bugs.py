@@ -127,21 +127,23 @@ PLANTED = {
     "lines past the tile copied": (
         COPIER, "min(lines, Shape::kCols)", "lines", whole_vectors, WGMMA_F16),
     "last rows not written": (
-        SUMS, "item.row_count - first_row(piece))", "item.row_count - first_row(piece) - 1)",
+        SUMS, "lane / kVectors < row_count", "lane / kVectors < row_count - 1",
         whole_vectors),
     "rows of others written": (
-        SUMS, "item.row_count - first_row(piece))", "item.row_count - first_row(piece) + 1)",
+        SUMS, "lane / kVectors < row_count", "lane / kVectors < row_count + 1",
         whole_vectors),
     "other rows looked up ahead": (
-        SUMS, "kPiecesOfTarget * 2 + 2", "kPiecesOfTarget * 2 + 1", whole_vectors),
+        SUMS, "next = target_of(p, item, i + 2)", "next = target_of(p, item, i + 1)", whole_vectors),
     "bias of gates added to ups": (
-        SUMS, "column / 8 % 2 * kOddAt + column / 16 * 8", "column / 8 * 8",
+        SUMS, "bias, j % 4 * 8", "bias, (j ^ 1) % 4 * 8",
         properties.test_grouped_gemm_activation),
     "staged rows overwritten": (
-        SUMS, "floats);\n      __syncwarp();\n    }", "floats);\n    }", whole_vectors),
+        SUMS, "__syncwarp();  // Nobody needs them", "// Nobody needs them", whole_vectors),
+    "staged rows read too early": (
+        SUMS, "__syncwarp();  // The rows are there.", "", whole_vectors),
     "ups in the place of gates": (
-        SUMS, "activate_gated<4>(kind, scalars, values, ups)",
-        "activate_gated<4>(kind, scalars, ups, values)",
+        SUMS, "activate_gated<4>(kind, scalars, four.values, ups.values)",
+        "activate_gated<4>(kind, scalars, ups.values, four.values)",
         properties.test_grouped_gemm_activation),
     "logit one too far": (
         ROUTE, "e < p.experts; e += 32) {\n    keys[e]", "e <= p.experts; e += 32) {\n    keys[e]",

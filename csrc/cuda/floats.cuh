@@ -28,18 +28,18 @@ struct alignas(16) Vector {
   T values[kCount];
 };
 
-// row[i] = values[i] for i < count; `keep` as ptx::store_16 has it.
+// row[i] = values[i] for i < count.
 template <typename T>
 __device__ __forceinline__ void store_vector(T* row, int count, bool aligned,
-                                             const float (&values)[kVector], bool keep = false) {
+                                             const float (&values)[kVector]) {
   if (aligned && count == kVector) {
     if constexpr (std::is_same_v<T, float>) {
-      ptx::store_16(row, reinterpret_cast<const uint4&>(values[0]), keep);
-      ptx::store_16(row + 4, reinterpret_cast<const uint4&>(values[4]), keep);
+      reinterpret_cast<uint4*>(row)[0] = reinterpret_cast<const uint4&>(values[0]);
+      reinterpret_cast<uint4*>(row)[1] = reinterpret_cast<const uint4&>(values[4]);
     } else {
-      const uint4 packed{ptx::pack<T>(values[0], values[1]), ptx::pack<T>(values[2], values[3]),
-                         ptx::pack<T>(values[4], values[5]), ptx::pack<T>(values[6], values[7])};
-      ptx::store_16(row, packed, keep);
+      *reinterpret_cast<uint4*>(row) = {
+          ptx::pack<T>(values[0], values[1]), ptx::pack<T>(values[2], values[3]),
+          ptx::pack<T>(values[4], values[5]), ptx::pack<T>(values[6], values[7])};
     }
   } else {
 #pragma unroll

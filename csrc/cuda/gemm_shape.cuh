@@ -29,9 +29,7 @@ struct GemmShape {
   static constexpr int kPass = kThreads / kAcross, kPassBytes = kPass * kLineBytes;
   static constexpr int kPassesA = (kRows + kPass - 1) / kPass,
                        kPassesB = (kCols + kPass - 1) / kPass;
-  static constexpr int kStagedRows = kShape.staged_rows(), kStagedBytes = kShape.staged_bytes();
-  static constexpr int kStagedCols = kShape.staged_cols(),
-                       kStagedPitch = kStagedCols + 4;  // floats
+  static constexpr int kStagedCols = kShape.staged_cols(), kStagedBytes = kShape.staged_bytes();
   static constexpr int kStagedAt = kStages * kSlotBytes;
   static constexpr int kQueueAt = kStagedAt + kShape.staged_beside();
   static_assert(kRowsOfWarp % 16 == 0 && kColsOfWarp % 16 == 0, "fragments are 16 x 16");

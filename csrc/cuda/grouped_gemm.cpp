@@ -20,7 +20,7 @@ template <typename T>
 void launch_any(const GroupedGemm& p, cudaStream_t stream);
 
 // Whether both operands are of 16 bits and come in whole vectors, as grouped_gemm.cuh and
-// grouped_gemv.cu read them. Their strides are 32 bits wide.
+// grouped_gemv.cu read them. Strides are 32 bits wide there.
 bool reads_whole_vectors(const GroupedGemm& p) {
   return p.dtype != DType::kFloat32 && p.k > 0 && p.k < 1 << 30 && p.k % 8 == 0 && p.n % 8 == 0 &&
          p.a_stride < 1 << 30 && p.b_row_stride < 1 << 24 && p.b_col_stride == 1 &&
@@ -33,7 +33,7 @@ namespace {
 
 bool is_whole_vectors(const GroupedGemm& p) {
   const bool full = p.out_dtype == DType::kFloat32 && !is_gated(p.activation.kind);
-  return reads_whole_vectors(p) && (p.out_dtype == p.dtype || full) &&
+  return reads_whole_vectors(p) && (p.out_dtype == p.dtype || full) && p.out_stride < 1 << 30 &&
          rows_are_aligned(p.out, p.out_stride, p.out_dtype);
 }
 

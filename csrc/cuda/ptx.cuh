@@ -36,10 +36,11 @@ __device__ __forceinline__ uint32_t keep(uint32_t value) {
 
 // `from` and count times so many bytes, in one multiply-add: the compiler makes more of the plain
 // expression.
-__device__ __forceinline__ const char* advance(const char* from, uint32_t count, uint32_t bytes) {
+template <typename Byte>
+__device__ __forceinline__ Byte* advance(Byte* from, uint32_t count, uint32_t bytes) {
   uint64_t address;
   asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(count), "r"(bytes), "l"(from));
-  return reinterpret_cast<const char*>(address);
+  return reinterpret_cast<Byte*>(address);
 }
 
 // ---- float <-> 16 bit ----
@@ -101,17 +102,16 @@ __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// 16 bytes, aligned. `keep`: L2 rather gives up what isn't stored so.
-__device__ __forceinline__ void store_16(void* to, const uint4& x, bool keep) {
-  if (!keep) {
-    *static_cast<uint4*>(to) = x;
-  } else {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(x.x),
-                 "r"(x.y), "r"(x.z), "r"(x.w), "l"(policy)
-                 : "memory");
-  }
+// 16 bytes, aligned, if `there`: without a branch. `keep`: L2 rather gives up what isn't stored so.
+__device__ __forceinline__ void store_16_if(bool there, void* to, const uint4& x, bool keep) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "{ .reg .pred plain, kept; setp.eq.u32 plain, %6, 1; setp.eq.u32 kept, %6, 2;\n"
+      "@plain st.global.v4.u32 [%0], {%1, %2, %3, %4};\n"
+      "@kept st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5; }" ::"l"(to),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "l"(policy), "r"(there ? 1 + keep : 0)
+      : "memory");
 }
 
 // Waits until at most kPending of this thread's committed groups are still in flight.
@@ -255,12 +255,16 @@ __device__ __forceinline__ void follow_earlier_kernels() {
 __device__ __forceinline__ void add_release(int32_t* count, int32_t value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(count), "r"(value) : "memory");
 }
-// Until it is at least that. What was written before the additions is seen then. A call, for a loop
-// within the caller's loops would cost them their uniform registers.
-static __device__ __noinline__ void wait_for_count(const int32_t* count, int32_t least) {
-  for (int32_t now = 0; now < least;) {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(count) : "memory");
-  }
+// Until it is at least that. What was written before the additions is seen then. Not a loop of the
+// compiler's, which within the caller's loops would cost them their uniform registers; nor a call,
+// for which it keeps registers free.
+__device__ __forceinline__ void wait_for_count(const int32_t* count, int32_t least) {
+  asm volatile(
+      "{ .reg .pred p; .reg .s32 now; setp.le.s32 p, %1, 0; @p bra DONE;\n"
+      "WAIT: ld.acquire.gpu.global.s32 now, [%0]; setp.lt.s32 p, now, %1; @p bra WAIT; DONE: }" ::
+          "l"(count),
+      "r"(least)
+      : "memory");
 }
 
 }  // namespace ptx

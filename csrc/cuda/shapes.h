@@ -25,11 +25,10 @@ struct GemmTile {
 
   constexpr int warps() const { return warp_rows * warp_cols; }
   constexpr int slot_bytes() const { return (rows + cols) * depth * 2; }
-  // Part of a warp's sums in float32, enough for all lanes, rows padded by 16 bytes against bank
+  // 16 rows of a warp's results, up to 64 columns of them, padded by 16 bytes against bank
   // conflicts. wgmma's go into the ring: its tiles leave no room for all of them beside it.
-  constexpr int staged_rows() const { return cols / warp_cols > 32 ? 8 : 16; }
-  constexpr int staged_cols() const { return cols / warp_cols / (wgmma ? 2 : 1); }
-  constexpr int staged_bytes() const { return staged_rows() * (staged_cols() + 4) * 4; }
+  constexpr int staged_cols() const { return cols / warp_cols < 64 ? cols / warp_cols : 64; }
+  constexpr int staged_bytes() const { return 16 * (staged_cols() * 2 + 16); }
   constexpr int staged_beside() const { return wgmma ? 0 : warps() * staged_bytes(); }
   // Items whose copies have begun and whose products have not ended, and the next.
   constexpr int queue() const { return stages + 3; }

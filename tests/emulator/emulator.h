@@ -252,7 +252,8 @@ inline uint32_t smem_address(const void* pointer) {
 
 inline uint32_t keep(uint32_t value) { return value; }
 
-inline const char* advance(const char* from, uint32_t count, uint32_t bytes) {
+template <typename Byte>
+Byte* advance(Byte* from, uint32_t count, uint32_t bytes) {
   return from + static_cast<uint64_t>(count) * bytes;
 }
 
@@ -302,8 +303,8 @@ void cp_async_16(uint32_t address, const void* global, bool valid, EMULATOR_WHER
   emulator::current->open_group.push_back({smem, valid ? global : nullptr});
 }
 
-inline void store_16(void* to, const uint4& x, bool) {
-  *static_cast<uint4*>(to) = x;  // The sanitizers see where it is, and how aligned.
+inline void store_16_if(bool there, void* to, const uint4& x, bool) {
+  if (there) *static_cast<uint4*>(to) = x;  // The sanitizers see where it is, and how aligned.
 }
 
 inline void cp_async_commit() {
