@@ -137,8 +137,6 @@ PLANTED = {
     "bias of gates added to ups": (
         SUMS, "bias, j % 4 * 8", "bias, (j ^ 1) % 4 * 8",
         properties.test_grouped_gemm_activation),
-    "staged rows overwritten": (
-        SUMS, "__syncwarp();  // Nobody needs them", "// Nobody needs them", whole_vectors),
     "staged rows read too early": (
         SUMS, "__syncwarp();  // The rows are there.", "", whole_vectors),
     "ups in the place of gates": (
@@ -187,7 +185,7 @@ PLANTED = {
         SUMS, "p.bias.data && item.part == 0", "p.bias.data", whole_vectors),
     "the first part of k in all": (
         COPIER, "item.part * static_cast<int>(p_.k) + k_", "k_", whole_vectors),
-    "parts in one place": (SUMS, "item.part * p.n + column", "column", whole_vectors),
+    "parts in one place": (SUMS, "item.part * p.n + first_column", "first_column", whole_vectors),
     "a part of a row waited for": (
         COPIER, "static_cast<int>(p_.k) << p_.split_log2", "static_cast<int>(p_.k)",
         properties.test_grouped_gemm_second_waits),
