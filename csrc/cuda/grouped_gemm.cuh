@@ -82,10 +82,10 @@ __global__ void __launch_bounds__(Product::Shape::kThreads, Product::Shape::kBlo
     // Warps without rows multiply up to 32 of nobody's; a warpgroup would take 64, and doesn't.
     if (!Shape::kWgmma || live > 0) {
       Product product;
+      const auto target = product.target_of(p, item, 0);
       product.multiply_item(steps, live, copier, cursor);
       // The one before: its stores have long ended, and nobody waits for them.
       if (number > 0) publish(p, queue[number - 1], Shape::kCols);
-      const auto target = product.target_of(p, item, 0);
       product.settle();
       const uint32_t staged_at = Shape::kWgmma ? cursor.free - ring : Shape::kStagedAt;
       product.finish(p, queue[number], smem + staged_at + threadIdx.x / 32 * Shape::kStagedBytes,
