@@ -135,13 +135,18 @@ PLANTED = {
     "other rows looked up ahead": (
         SUMS, "next = target_of(p, item, i + 2)", "next = target_of(p, item, i + 1)", whole_vectors),
     "bias of gates added to ups": (
-        SUMS, "bias, j % 4 * 8", "bias, (j ^ 1) % 4 * 8",
+        SUMS, "staged + j * 8 + lane", "staged + (j ^ 1) * 8 + lane",
         properties.test_grouped_gemm_activation),
+    "biases read too early": (
+        SUMS, "__syncwarp();  // The biases are there.", "", whole_vectors),
     "staged rows read too early": (
         SUMS, "__syncwarp();  // The rows are there.", "", whole_vectors),
     "ups in the place of gates": (
         SUMS, "activate_gated<4>(kind, scalars, four.values, ups.values)",
         "activate_gated<4>(kind, scalars, ups.values, four.values)",
+        properties.test_grouped_gemm_activation),
+    "gates for ups too": (
+        SUMS, "&ups = acc_[i][j ^ 1]", "&ups = acc_[i][j]",
         properties.test_grouped_gemm_activation),
     "logit one too far": (
         ROUTE, "e < p.experts; e += 32) {\n    keys[e]", "e <= p.experts; e += 32) {\n    keys[e]",
@@ -201,9 +206,11 @@ PLANTED = {
         GEMV, "first_slot : out_row / p.topk", "first_slot : out_row % p.topk",
         properties.test_grouped_gemv),
     "bias not weighted": (
-        GEMV, "fmaf(weight, load_float(p.bias", "fmaf(1.0f, load_float(p.bias", properties.test_grouped_gemv),
+        GEMV, "0.0f : weight * x", "0.0f : x", properties.test_grouped_gemv),
+    "bias of a slot of others": (
+        GEMV, "expert < 0 ? 0.0f : weight * x", "weight * x", properties.test_grouped_gemv),
     "bias of gates added to ups, by itself": (
-        GEMV, "bias_at(p, expert, column, true)", "bias_at(p, expert, column, false)",
+        GEMV, "row >= kColumns)", "false)",
         properties.test_grouped_gemv_activation),
     "slot rows not cleared": (
         COMBINE, "cudaMemsetAsync(p.slot_rows, 0xFF,", "cudaMemsetAsync(p.slot_rows, 0,",

@@ -6,8 +6,9 @@
 
 namespace simple_moe::cuda {
 
-// A lane's four of 16 rows and 8 columns, or gates, by way of any activation but SwiGLU. A call,
-// which shapes share: inlined it would be a fifth of what is compiled of a kernel.
+// A lane's four of 16 rows and 8 columns, or gates, by way of any activation but the two SwiGLUs of
+// most models. A call, which shapes share: inlined it would be a fifth of what is compiled of a
+// kernel.
 using Four = Vector<float, 4>;
 static __device__ __noinline__ Four activate_four(Activation kind, ActivationScalars scalars,
                                                   Four four, Four ups) {
@@ -57,26 +58,11 @@ class Accumulators {
   __device__ void finish(const GroupedGemm& p, const Item& item, unsigned char* staged,
                          Target next) {
     const Activation kind = p.activation.kind;
-    if (p.bias.data && item.part == 0) add_bias(p, item);
-    if (kind != Activation::kIdentity) {
-#pragma unroll
-      for (int i = 0; i < kI; ++i) {
-        if (row(i) >= item.row_count) break;
-        if (kind == Activation::kSwiglu) {
-#pragma unroll
-          for (int j = 0; j < kJ; j += 2)
-            activate_gated<4>(Activation::kSwiglu, {}, acc_[i][j], acc_[i][j + 1]);
-        } else {
-          const ActivationScalars scalars = scalars_of(p.activation, item.expert);
-#pragma unroll
-          for (int j = 0; j < kJ; ++j) {
-            if (j % 2 == 1 && is_gated(kind)) continue;
-            auto& four = reinterpret_cast<Four&>(acc_[i][j]);
-            four = activate_four(kind, scalars, four, reinterpret_cast<Four&>(acc_[i][j ^ 1]));
-          }
-        }
-      }
-    }
+    if (p.bias.data && item.part == 0) add_bias(p, item, reinterpret_cast<float*>(staged));
+    kind == Activation::kSwiglu      ? activate_all<true>(Activation::kSwiglu, p, item)
+    : kind == Activation::kSwigluOai ? activate_all<true>(Activation::kSwigluOai, p, item)
+    : kind != Activation::kIdentity  ? activate_all<false>(kind, p, item)
+                                     : void();
     is_gated(kind)                   ? store<T, true>(p, item, staged, next)
     : p.out_dtype == DType::kFloat32 ? store<float, false>(p, item, staged, next)
                                      : store<T, false>(p, item, staged, next);
@@ -86,23 +72,49 @@ class Accumulators {
   float acc_[kI][kJ][4] = {};
 
  private:
-  // A column's is looked up by one lane.
-  __device__ void add_bias(const GroupedGemm& p, const Item& item) {
-    const int64_t first = item.expert * (is_gated(p.activation.kind) ? 2 * p.n : p.n);
-    float bias = 0;
+  // Where it is inlined, `kind` is known to the compiler.
+  template <bool kInlined>
+  __device__ __forceinline__ void activate_all(Activation kind, const GroupedGemm& p,
+                                               const Item& item) {
+    const ActivationScalars scalars = scalars_of(p.activation, item.expert);
 #pragma unroll
-    for (int j = 0; j < kJ; ++j) {
-      const int lane = threadIdx.x % 32, line = column() + j / 4 * 32 + lane;
-      if (j % 4 == 0) bias = 0;
-      if (j % 4 == 0 && column_of_line<Shape>(p, item, line) < p.n)
-        bias = load_float(p.bias, first + row_of_line<Shape>(p, item, line));
+    for (int i = 0; i < kI && row(i) < item.row_count; ++i) {
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const float x = __shfl_sync(0xffffffffu, bias, j % 4 * 8 + lane % 4 * 2 + n);
-#pragma unroll
-        for (int i = 0; i < kI; ++i) acc_[i][j][n] += x, acc_[i][j][n + 2] += x;
+      for (int j = 0; j < kJ; ++j) {
+        if (j % 2 == 1 && is_gated(kind)) continue;
+        auto &x = acc_[i][j], &ups = acc_[i][j ^ 1];
+        auto &four = reinterpret_cast<Four&>(x), &of_ups = reinterpret_cast<Four&>(ups);
+        if (kInlined) activate_gated<4>(kind, scalars, x, ups);
+        if (!kInlined) four = activate_four(kind, scalars, four, of_ups);
       }
     }
+  }
+
+  // A column's is looked up by one lane, all before the first is waited for, and passed on through
+  // `staged`.
+  __device__ void add_bias(const GroupedGemm& p, const Item& item, float* staged) {
+    const int64_t first = item.expert * (is_gated(p.activation.kind) ? 2 * p.n : p.n);
+    const int lane = threadIdx.x % 32;
+    uint32_t bits[(kJ + 3) / 4] = {};
+#pragma unroll
+    for (int j = 0; j < kJ; j += 4) {
+      const int line = column() + j * 8 + lane;
+      if (column_of_line<Shape>(p, item, line) < p.n)
+        bits[j / 4] = load_bits(p.bias, first + row_of_line<Shape>(p, item, line));
+    }
+#pragma unroll
+    for (int j = 0; j < kJ; j += 4) staged[j * 8 + lane] = float_of(p.bias.dtype, bits[j / 4]);
+    __syncwarp();  // The biases are there.
+#pragma unroll
+    for (int j = 0; j < kJ; ++j) {
+      const float2 x = *reinterpret_cast<const float2*>(staged + j * 8 + lane % 4 * 2);
+#pragma unroll
+      for (int i = 0; i < kI; ++i) {
+        acc_[i][j][0] += x.x, acc_[i][j][1] += x.y;
+        acc_[i][j][2] += x.x, acc_[i][j][3] += x.y;
+      }
+    }
+    __syncwarp();  // All have read them.
   }
 
   // All columns, or those of the gates: rounded to shared memory, where a lane has two neighbours

@@ -45,7 +45,6 @@ __device__ __forceinline__ void add_slots(const T* rows, int64_t stride, int cou
   for (int first = 0; first < slots; first += kAtOnce) {
     int row[kAtOnce];
     Vector<T> vectors[kAtOnce];
-#pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       row[i] = __shfl_sync(0xffffffffu, row_of_lane, first + i);
       vectors[i] = {};
@@ -53,17 +52,14 @@ __device__ __forceinline__ void add_slots(const T* rows, int64_t stride, int cou
       if constexpr (kWhole) {
         if (row[i] >= 0) vectors[i] = *reinterpret_cast<const Vector<T>*>(from);
       } else {
-#pragma unroll
         for (int j = 0; j < kVector; ++j) {
           if (row[i] >= 0 && j < count) vectors[i].values[j] = from[j];
         }
       }
     }
-#pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const float weight = __shfl_sync(0xffffffffu, weight_of_lane, first + i);
       if (row[i] < 0) continue;
-#pragma unroll
       for (int j = 0; j < kVector; ++j) sums[j] += weight * ptx::to_float(vectors[i].values[j]);
     }
   }

@@ -15,11 +15,18 @@ SIMPLE_MOE_HOST_DEVICE void with_type(DType dtype, const F& f) {
   f(bf16());
 }
 
+// In two parts, for the second is a use of what was loaded, and waits for it.
+__device__ __forceinline__ uint32_t load_bits(const Floats& floats, int64_t index) {
+  if (floats.dtype == DType::kFloat32) return static_cast<const uint32_t*>(floats.data)[index];
+  return static_cast<const uint16_t*>(floats.data)[index];
+}
+__device__ __forceinline__ float float_of(DType dtype, uint32_t bits) {
+  const auto half = static_cast<uint16_t>(bits);
+  if (dtype == DType::kFloat32) return __uint_as_float(bits);
+  return dtype == DType::kFloat16 ? ptx::to_float(f16{half}) : ptx::to_float(bf16{half});
+}
 __device__ __forceinline__ float load_float(const Floats& floats, int64_t index) {
-  const void* const data = floats.data;
-  if (floats.dtype == DType::kFloat32) return static_cast<const float*>(data)[index];
-  if (floats.dtype == DType::kFloat16) return ptx::to_float(static_cast<const f16*>(data)[index]);
-  return ptx::to_float(static_cast<const bf16*>(data)[index]);
+  return float_of(floats.dtype, load_bits(floats, index));
 }
 
 constexpr int kVector = 8;  // values a thread handles at once
@@ -42,7 +49,6 @@ __device__ __forceinline__ void store_vector(T* row, int count, bool aligned,
           ptx::pack<T>(values[4], values[5]), ptx::pack<T>(values[6], values[7])};
     }
   } else {
-#pragma unroll
     for (int i = 0; i < kVector; ++i) {
       if (i < count) row[i] = ptx::from_float<T>(values[i]);
     }

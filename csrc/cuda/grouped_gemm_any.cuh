@@ -35,7 +35,6 @@ template <typename Shape>
 __device__ __forceinline__ auto rows_of_a(const GroupedGemm& p, const Item& item, bool aligned) {
   using A = KMajor<typename Shape::T, Shape::kRows, Shape::kDepth>;
   A a{.lines = {}, .k = p.k, .aligned = aligned};
-#pragma unroll
   for (int pass = 0; pass < A::kPasses; ++pass) {
     if (A::line(pass) >= item.row_count) continue;
     const int64_t row = item.row_begin + A::line(pass);
@@ -65,7 +64,6 @@ __device__ __forceinline__ auto columns_of_b(const GroupedGemm& p, const Item& i
   } else {
     using B = KMajor<T, Shape::kCols, Shape::kDepth>;
     B b{.lines = {}, .k = p.k, .aligned = aligned};
-#pragma unroll
     for (int pass = 0; pass < B::kPasses; ++pass) {
       const int64_t row = weight_row<Shape::kCols>(p, item.column_tile, B::line(pass));
       b.lines[pass] = row < 0 ? nullptr : weights + row * p.b_row_stride;

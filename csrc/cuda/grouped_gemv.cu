@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
   const int blocks_of_row = static_cast<int>(p.n / kColumns), out_row = blockIdx.x / blocks_of_row;
   const int first_column = blockIdx.x % blocks_of_row * kColumns;
   const int slots = p.is_second ? p.topk : 1, first_slot = out_row * slots;
-  float* const of_warps = reinterpret_cast<float*>(ptx::dynamic_smem());  // [warps][kRows]
-  Slot* const table = reinterpret_cast<Slot*>(of_warps + blockDim.x / 32 * kRows);
+  Slot* const table = reinterpret_cast<Slot*>(ptx::dynamic_smem());
+  float* const of_warps = reinterpret_cast<float*>(table + slots);  // [warps][kRows]
   for (int i = threadIdx.x; i < slots; i += blockDim.x) {
     const int64_t expert = local_expert(p.ids, first_slot + i);
     const bool held = expert < p.experts;
@@ -53,13 +53,20 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
   const uint32_t row_bytes = static_cast<uint32_t>(p.b_row_stride * 2) << alternate;
   const T* const a =
       static_cast<const T*>(p.a) + (p.is_second ? first_slot : out_row / p.topk) * p.a_stride;
+  // Biases, asked for before the weights: memory takes as long for one.
+  const int biases = p.bias.data ? slots * kRows : 0;
+  const auto bias_of = [&](int i) {
+    const int expert = table[i / kRows].expert, row = i % kRows;
+    if (expert < 0) return 0u;
+    return load_bits(p.bias, bias_at(p, expert, first_column + row % kColumns, row >= kColumns));
+  };
+  const uint32_t bias = threadIdx.x < biases ? bias_of(threadIdx.x) : 0;
   float sums[kRows] = {};
 #pragma unroll 1
   for (int first = 0, all = slots * vectors.value; first < all; first += kAtOnce * blockDim.x) {
     Vector<T> weights[kAtOnce][kRows];
     const T* of_a[kAtOnce];
     Slot slot[kAtOnce];
-#pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int vector = first + i * blockDim.x + threadIdx.x;
       const int number = slots > 1 ? vectors.divide(vector) : 0;
@@ -67,7 +74,6 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
       slot[i] = vector < all ? table[number] : Slot{-1, 0.0f};
       of_a[i] = a + number * p.a_stride + at;
       const int64_t offset = slot[i].expert * p.b_expert_stride + at;
-#pragma unroll
       for (int j = 0; j < kRows; ++j) {
         const auto* const row =
             reinterpret_cast<const char*>((j < kColumns ? gates : ups) + offset);
@@ -77,14 +83,11 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
       }
     }
     if (first == 0 && p.is_second) ptx::follow_earlier_kernels();
-#pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (slot[i].expert < 0) continue;  // Its row of `a` may be NaN.
       const auto of_row = *reinterpret_cast<const Vector<T>*>(of_a[i]);
-#pragma unroll
       for (int j = 0; j < kRows; ++j) {
         float sum = 0.0f;
-#pragma unroll
         for (int v = 0; v < kVector; ++v) {
           sum = fmaf(ptx::to_float(of_row.values[v]), ptx::to_float(weights[i][j].values[v]), sum);
         }
@@ -93,29 +96,29 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
     }
   }
 
-#pragma unroll
   for (int j = 0; j < kRows; ++j) {
     sums[j] = warp_reduce(sums[j], [](float a, float b) { return a + b; });
     if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32 * kRows + j] = sums[j];
   }
+  // As one more warp for each slot.
+  for (int i = threadIdx.x; i < biases; i += blockDim.x) {
+    const float x = float_of(p.bias.dtype, i == threadIdx.x ? bias : bias_of(i));
+    const auto [expert, weight] = table[i / kRows];
+    of_warps[blockDim.x / 32 * kRows + i] = expert < 0 ? 0.0f : weight * x;
+  }
   __syncthreads();  // the warps' sums are there
   if (threadIdx.x >= kColumns) return;
   float gate[1] = {}, up[1] = {};
-  for (unsigned at = threadIdx.x; at < blockDim.x / 32 * kRows; at += kRows) {
+  for (unsigned at = threadIdx.x; at < blockDim.x / 32 * kRows + biases; at += kRows) {
     gate[0] += of_warps[at];
     if (kGated) up[0] += of_warps[at + kColumns];
   }
+  // A second product has no activation.
+  const int expert = table[0].expert;
+  if (kGated && expert < 0) return;
+  kGated ? activate_gated<1>(p.activation.kind, scalars_of(p.activation, expert), gate, up)
+         : activate<1>(p.activation.kind, gate);
   const int column = first_column + threadIdx.x;
-  for (int i = 0; i < slots; ++i) {
-    const auto [expert, weight] = table[i];
-    if (expert < 0) continue;
-    if (p.bias.data) {
-      gate[0] = fmaf(weight, load_float(p.bias, bias_at(p, expert, column, false)), gate[0]);
-      if (kGated) up[0] += load_float(p.bias, bias_at(p, expert, column, true));
-    }
-    if (kGated) activate_gated<1>(p.activation.kind, scalars_of(p.activation, expert), gate, up);
-  }
-  if (!kGated) activate<1>(p.activation.kind, gate);
   const float values[kVector] = {gate[0]};
   store_vector(p.out, p.out_dtype, out_row * p.out_stride + column, 1, false, values);
 }
@@ -130,7 +133,7 @@ void launch_gemv(const GroupedGemm& p, cudaStream_t stream) {
                         : tile.cols == 4 ? grouped_gemv_kernel<T, 4, false>
                                          : grouped_gemv_kernel<T, 8, false>,
                         out_rows * (p.n / tile.cols), tile.threads,
-                        tile.threads / 32 * 32 + p.topk * sizeof(Slot), stream, p,
+                        tile.threads / 32 * 32 + p.topk * (sizeof(Slot) + 32), stream, p,
                         Divisor(vectors));
 }
 

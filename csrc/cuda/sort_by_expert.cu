@@ -39,7 +39,6 @@ struct Slots {
   // places[bin] say on, which moves on.
   __device__ void scatter(const SortByExpert& p, int64_t first, int64_t end, const int32_t* begins,
                           int32_t* places) const {
-#pragma unroll
     for (int i = 0; i < kOfLane; ++i) {
       if (first + 32 * i >= end) break;
       const auto slot = static_cast<int32_t>(first + 32 * i + threadIdx.x % 32);
@@ -108,7 +107,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps) sort_few_kernel(const SortByEx
   int32_t* const others = before + bins;
   for (int i = threadIdx.x; i < 2 * bins; i += blockDim.x) before[i] = 0;
   __syncthreads();  // the counts are zero
-#pragma unroll
   for (int i = 0; i < kOfLane; ++i) {
     const bool earlier = 32 * (kOfLane * warp + i) < first;
     if (all.bin[i] >= 0) atomicAdd(&(earlier ? before : others)[all.bin[i]], 1);
