@@ -59,10 +59,12 @@ class Accumulators {
                          Target next) {
     const Activation kind = p.activation.kind;
     if (p.bias.data && item.part == 0) add_bias(p, item, reinterpret_cast<float*>(staged));
-    kind == Activation::kSwiglu      ? activate_all<true>(Activation::kSwiglu, p, item)
-    : kind == Activation::kSwigluOai ? activate_all<true>(Activation::kSwigluOai, p, item)
-    : kind != Activation::kIdentity  ? activate_all<false>(kind, p, item)
-                                     : void();
+    if (kind == Activation::kSwiglu) {
+      activate_all<true>(Activation::kSwiglu, p, item);
+    } else if (kind != Activation::kIdentity) {
+      kind == Activation::kSwigluOai ? activate_all<true>(Activation::kSwigluOai, p, item)
+                                     : activate_all<false>(kind, p, item);
+    }
     is_gated(kind)                   ? store<T, true>(p, item, staged, next)
     : p.out_dtype == DType::kFloat32 ? store<float, false>(p, item, staged, next)
                                      : store<T, false>(p, item, staged, next);

@@ -74,7 +74,6 @@ __global__ void __launch_bounds__(Product::Shape::kThreads, Product::Shape::kBlo
 
   Cursor<Shape> cursor(ring);
   unsigned number = 0;
-#pragma unroll 1
   for (;; ++number) {
     const Item item = queue[number];
     if (item.row_count == 0) break;

@@ -37,7 +37,6 @@ class WarpTile : public Accumulators<T, Shape> {
     if constexpr (kLive > 1 && kLive > kI / 2) {
       if (live < kLive) return multiply_steps<kLive - 1>(steps, live, copier, cursor);
     }
-#pragma unroll 1
     for (int step = 0; step < steps; ++step) multiply_step<kLive>(copier, cursor);
   }
 
