@@ -31,6 +31,9 @@ GPUS = {
 }
 
 
+MOST_SMEM_KB = 1000  # more than any tile's
+
+
 def plan(layer, tokens: int, gpu: Gpu) -> list[dict]:
     """The tiles of the layer's two products."""
     function = ctypes.CDLL(str(_library.PATH)).simple_moe_plan
@@ -57,18 +60,29 @@ def floor(layer, tokens: int, gpu: Gpu) -> tuple[float, float]:
     return moved / gpu.tbps * 1e-6, 6e-6 * tokens * topk * hidden * intermediate / gpu.tflops
 
 
-def reason(tile: dict, rows: float, gpu: Gpu) -> str:
-    if "threads" in tile:
+def reason(layer, tokens: int, gpu: Gpu, product: int) -> str:
+    """What one of the two products' tile has in flight, and what ruled out a better one."""
+    tile = plan(layer, tokens, gpu)[product]
+    if "threads" in tile:  # 1024 threads an SM, 8 loads of 16 bytes each
         blocks = gpu.sms * (1024 // tile["threads"])
         return (f"each slot by itself, no sort; 128 KB in flight an SM;"
                 f" {tile['blocks'] / blocks:.1f} rounds of {blocks} blocks")  # fmt: skip
     blocks = gpu.sms * tile["blocks_per_sm"]
     flight = tile["blocks_per_sm"] * (tile["stages"] - 1) * 2 * tile["depth"]
     flight *= tile["rows"] + tile["cols"]
-    return (
-        f"{rows:.3g} rows an expert; {flight >> 10} KB in flight an SM;"
+    why = (
+        f"{flight >> 10} KB in flight an SM;"
         f" up to {tile['most_items'] / blocks:.1f} rounds of {blocks} blocks"
     )
+    # What the same GPU would get with all the shared memory that any tile wants, or one SM to fill.
+    with_memory = plan(layer, tokens, gpu._replace(smem_kb=MOST_SMEM_KB))[product]
+    with_few = plan(layer, tokens, gpu._replace(sms=1))[product]
+    if shape(with_memory) != shape(tile):
+        blocks_of = f"{with_memory['blocks_per_sm']} x " * (with_memory["blocks_per_sm"] > 1)
+        why += f"; {shape(with_memory)} needs {blocks_of}{with_memory['kb']} KB"
+    if shape(with_few) not in (shape(tile), shape(with_memory)):
+        why += f"; too few of {shape(with_few)}"
+    return why
 
 
 def main() -> None:
@@ -80,16 +94,18 @@ def main() -> None:
         print(f"{name}: {gpu.sms} SMs, {gpu.smem_kb} KB a block, {gpu.tflops:g} TFLOP/s,"
               f" {gpu.tbps:g} TB/s. Tiles: rows x cols x depth x stages, or 1 x cols by threads")  # fmt: skip
         print(f"{'layer':<12} {'tokens':>6} {'floor µs':>9} {'bound':<7} "
-              f"{'first, second product':<34} why (the first)")  # fmt: skip
+              f"{'rows an expert':>14}  first product, second, and why")  # fmt: skip
         for layer_name, layer in LAYERS.items():
             for tokens in layer.tokens:
                 tiles = plan(layer, tokens, gpu)
                 memory, tensor = floor(layer, tokens, gpu)
                 slots = tokens * layer.topk
                 rows = slots / min(slots, layer.experts)
-                print(f"{layer_name:<12} {tokens:>6} {max(memory, tensor):>9.0f} "
-                      f"{'memory' if memory > tensor else 'tensor':<7} {', '.join(map(shape, tiles)):<34} "
-                      f"{reason(tiles[0], rows, gpu)}")  # fmt: skip
+                cell = (f"{layer_name:<12} {tokens:>6} {max(memory, tensor):>9.0f} "
+                        f"{'memory' if memory > tensor else 'tensor':<7} {rows:>14.0f}")  # fmt: skip
+                for product, tile in enumerate(tiles):
+                    why = reason(layer, tokens, gpu, product)
+                    print(f"{cell * (product == 0):<51}  {shape(tile)}: {why}")
         print()
 
 

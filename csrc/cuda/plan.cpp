@@ -15,7 +15,7 @@ void describe(std::ostream& text, const RowTiles& tiles, const ProductSize& size
   const GemmTile& tile = kShapes[choose_shape(tiles, size, device)];
   text << "{\"rows\": " << tile.rows << ", \"cols\": " << tile.cols << ", \"depth\": " << tile.depth
        << ", \"stages\": " << tile.stages << ", \"parts\": " << parts
-       << ", \"warps\": " << tile.warps()
+       << ", \"warps\": " << tile.warps() << ", \"kb\": " << ceil_div(tile.bytes(), 1024)
        << ", \"blocks_per_sm\": " << resident_blocks(tile, device)
        << ", \"most_items\": " << tiles.most * column_tiles(size.n, size.gated, tile.cols) << "}";
 }
