@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -253,7 +254,7 @@ def parse_arguments() -> argparse.Namespace:
     here = [name for name in backends if name != "cublas" and has("cuda", name)]
     args.backends = args.backends or here
     usual = args.dtype == "bfloat16" and args.routing == "uniform"
-    if args.against is None and usual and "H200" in torch.cuda.get_device_name():
+    if args.against is None and usual and re.search(r"\bH200\b", torch.cuda.get_device_name()):
         args.against = PUBLISHED
     args.skew &= args.routing == "uniform"
     return args

@@ -6,7 +6,9 @@ from __future__ import annotations
 def best_peer(cell: dict, ours: list[str]) -> tuple[str, float] | None:
     """The fastest that isn't ours, timed in the same run or published: (name, microseconds)."""
     timed = {name: us for name, us in cell["us"].items() if name not in ours}
-    published = {f"{name}*": us for name, us in cell["published"].get("us", {}).items()}
+    published = {
+        f"{name}*": us for name, us in cell["published"].get("us", {}).items() if name not in ours
+    }
     return min((timed | published).items(), key=lambda item: item[1], default=None)
 
 

@@ -51,9 +51,15 @@ def columns(about: dict) -> list[Column]:
         peer = best_peer(cell, ours)
         return _number(peer and share(cell, peer[0]), ".0f")
 
-    def speedup(cell: dict) -> str:
-        peer = best_peer(cell, ours)
-        return f"{peer[1] / cell['us'][ours[0]]:.2f}" if peer and ours[0] in cell["us"] else ""
+    def speedup(name: str) -> Callable[[dict], str]:
+        def text(cell: dict) -> str:
+            peer = best_peer(cell, ours)
+            return f"{peer[1] / cell['us'][name]:.2f}" if peer and name in cell["us"] else ""
+
+        return text
+
+    def of_ours(header: str, name: str) -> str:
+        return header if name == ours[0] else f"{header} {name}"
 
     result = [
         Column("layer", 11, lambda cell: cell["layer"]),
@@ -75,14 +81,11 @@ def columns(about: dict) -> list[Column]:
         result += [
             Column("best peer µs", 19, best),
             Column("%", 3, best_share),
-            Column("speedup", 7, speedup),
+            *(Column(of_ours("speedup", name), 7, speedup(name)) for name in ours),
         ]
     for kind, header in (("zipf_us", "zipf"), ("batch_invariant_us", "invariant")):
         if about[kind]:
-            result += [
-                Column(header if name == ours[0] else f"{header} {name}", 5, ratio(kind, name))
-                for name in ours
-            ]
+            result += [Column(of_ours(header, name), 5, ratio(kind, name)) for name in ours]
     for name in ours:
         header = "MB" if name == ours[0] else f"{name} MB"
         result.append(
@@ -101,7 +104,8 @@ def legend(about: dict) -> list[str]:
     lines = [
         "%: of the ceiling, the larger of bytes / cold read rate (mem) and FLOPs / cuBLAS rate (TC).",
         "error: |out - reference| / |reference|, the reference in float32, on up to 64 tokens.",
-        "MB: workspace of a call, and what vLLM's Triton path takes: T*K*(max(2I, H) + I) elements.",
+        "MB: workspace of a call: T*K*(H + I) elements; where few slots go by themselves T*K*I, where"
+        + " k is split up to T*K*3I. And what vLLM's Triton path takes: T*K*(max(2I, H) + I).",
     ]
     if about["peers"] or about["published"]:
         lines.append("speedup: the best peer's time over ours.")
@@ -148,7 +152,7 @@ def facts(results: dict) -> list[tuple[str, str]]:
         ("routing, dtype", f"{about['routing']}, {about['dtype']}"),
         ("cold reads, TB/s", reads),
         ("batched cuBLAS", f"{ceilings['cublas_tflops']:.0f} TFLOP/s"),
-        ("mma.sync alone", f"{mma:.0f} TFLOP/s" if mma else "not measured"),
+        ("mma.sync alone", f"{mma:.0f} TFLOP/s, bfloat16" if mma else "not measured"),
     ]
     if results["host_us"]:
         host = results["host_us"]

@@ -94,7 +94,7 @@ def test_permuting_tokens_permutes_the_output(routing, dtype, device):
     permuted = moe_ops.fused_moe(**arguments)
     if device == "cuda":
         assert_same_bits(permuted, out[order])
-    else:  # torch's own products may round otherwise for another number of rows.
+    else:  # Its products may round otherwise for another number of rows.
         assert_accurate(permuted, out[order].double())
 
 

@@ -20,12 +20,6 @@ needs_reports = pytest.mark.skipif(
 )
 
 
-def most_spilled(name: str) -> int:
-    """Bytes. One tile, on one GPU, keeps a value of an item in memory while it is multiplied: it is
-    written before its loop and read after it (nvdisasm). Nothing else may."""
-    return 8 if "GemmTileELi96ELi256E" in name else 0
-
-
 @needs_reports
 def test_no_kernel_spills_or_has_a_stack_frame():
     kernels = 0
@@ -35,7 +29,7 @@ def test_no_kernel_spills_or_has_a_stack_frame():
             r"properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", text
         )
         kernels += text.count("Compiling entry function")
-        bad = [name for name, *used in found if max(map(int, used)) > most_spilled(name)]
+        bad = [name for name, *used in found if any(map(int, used))]
         assert len(found) >= text.count("Compiling entry function")
         assert not bad, f"{report.name}: {bad}"
     assert kernels

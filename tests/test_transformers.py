@@ -18,7 +18,6 @@ from torch import nn
 
 import moe_ops
 
-# By hand, so that nobody mistakes a missing package for a passing test elsewhere.
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from transformers.integrations.moe import use_experts_implementation
