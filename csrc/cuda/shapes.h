@@ -180,15 +180,13 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t first_n, i
 // Whether a product takes less time in tiles of some columns than in others as high, a
 // multiprocessor having one: they go over the GPU in few rounds, and the last may leave most of it
 // idle. So what counts is the rounds times what one takes, for which its rows count as 64 columns.
-// A single round has nothing to hide its start and end behind, and counts as two.
 inline bool is_faster(const GemmTile& tile, const GemmTile& other, const ProductSize& size,
                       const DeviceInfo& device) {
   const auto time = [&](const GemmTile& of) {
     const int64_t tiles_of_expert = ceil_div(mean_rows(size.rows, size.experts), of.rows);
     const int64_t expected = active_experts(size.rows, size.experts) * tiles_of_expert *
                              column_tiles(size.n, size.gated, of.cols);
-    const int64_t rounds = ceil_div(expected, device.sm_count);
-    return (rounds < 2 ? 2 : rounds) * (of.cols + 64);
+    return ceil_div(expected, device.sm_count) * (of.cols + 64);
   };
   return time(tile) < time(other);
 }
@@ -226,7 +224,8 @@ inline bool slots_go_by_themselves(const ProductSize& size, int64_t tokens) {
   return tokens == 1 || (4 * size.rows <= size.experts && read <= int64_t{400} << 20);
 }
 
-// The most columns that leave each multiprocessor two blocks, and threads for two rounds of loads.
+// The most columns that leave each multiprocessor two blocks, and threads for two rounds of loads
+// of the widest.
 inline GemvTile choose_gemv_tile(int64_t out_rows, int64_t n, int64_t vectors_of_output, bool gated,
                                  const DeviceInfo& device) {
   const int64_t threads = 32 * ceil_div(vectors_of_output, 64);
