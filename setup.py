@@ -130,7 +130,6 @@ def ninja_file(version: str) -> str:
         kernels = set(ROOT.glob("csrc/cuda/**/*.cu"))
         if wgmma_targets:
             cxx += ["-DSIMPLE_MOE_SM90"]
-            cu += ["-DSIMPLE_MOE_SM90"]
         else:
             kernels -= wgmma_kernels
         sources += ROOT.glob("csrc/cuda/**/*.cpp")

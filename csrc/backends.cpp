@@ -12,12 +12,6 @@
 
 namespace simple_moe {
 
-#ifdef SIMPLE_MOE_CUDA
-namespace cuda {
-void cublas_grouped_gemm(const GroupedGemm& p, cudaStream_t stream);
-}
-#endif
-
 namespace {
 
 const Backend kCpu{"auto", [](const GroupedGemm& p, Stream) { cpu::grouped_gemm(p); },
@@ -30,7 +24,7 @@ const std::vector<Backend> kCudaBackends{
     {"sm90", cuda::grouped_gemm_sm90, [] { return cuda::has_sm90(); }, true, true, true},
 #endif
     {"sm80", cuda::grouped_gemm, [] { return device_info().major >= 8; }, true, true},
-    {"cublas", cuda::cublas_grouped_gemm, [] { return true; }, false},
+    {"cublas", cuda::cublas_grouped_gemm, [] { return device_info().major >= 8; }, false},
 #endif
 };
 

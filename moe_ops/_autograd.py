@@ -245,7 +245,7 @@ def _fused_moe_backward(ctx, grad):
     da = weight * u
     dx = dw1 = dw2 = dweights = db1 = db2 = None
 
-    if needs[4 - 1]:
+    if needs[3]:
         dweight = (a * u).sum(dim=1)
         if b2 is not None:
             dweight = dweight + (b2[expert].float() * grad_rows.float()).sum(dim=1)

@@ -68,7 +68,7 @@ DeviceInfo ask(int device) {
       .minor = attribute(cudaDevAttrComputeCapabilityMinor, device),
       .early_launch = false,
   };
-  const int version = compiled_for();
+  const int version = info.major < 8 ? 80 : compiled_for();  // There is no code for older ones.
   info.early_launch = info.major >= 9 && version >= 90;
   if (const char* text = std::getenv("SIMPLE_MOE_TEST_DEVICE")) override_with(text, info);
   // Of code for smaller multiprocessors there is none that takes more.

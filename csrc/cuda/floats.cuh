@@ -35,12 +35,17 @@ struct alignas(16) Vector {
   T values[kCount];
 };
 
-// row[i] = values[i] for i < count.
-template <typename T>
-__device__ __forceinline__ void store_vector(T* row, int count, bool aligned,
-                                             const float (&values)[kVector]) {
-  if (aligned && count == kVector) {
-    if constexpr (std::is_same_v<T, float>) {
+// data[index + i] = values[i] for i < count.
+__device__ __forceinline__ void store_vector(void* data, DType dtype, int64_t index, int count,
+                                             bool aligned, const float (&values)[kVector]) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    T* const row = static_cast<T*>(data) + index;
+    if (!aligned || count < kVector) {
+      for (int i = 0; i < kVector; ++i) {
+        if (i < count) row[i] = ptx::from_float<T>(values[i]);
+      }
+    } else if constexpr (std::is_same_v<T, float>) {
       reinterpret_cast<uint4*>(row)[0] = reinterpret_cast<const uint4&>(values[0]);
       reinterpret_cast<uint4*>(row)[1] = reinterpret_cast<const uint4&>(values[4]);
     } else {
@@ -48,18 +53,6 @@ __device__ __forceinline__ void store_vector(T* row, int count, bool aligned,
           ptx::pack<T>(values[0], values[1]), ptx::pack<T>(values[2], values[3]),
           ptx::pack<T>(values[4], values[5]), ptx::pack<T>(values[6], values[7])};
     }
-  } else {
-    for (int i = 0; i < kVector; ++i) {
-      if (i < count) row[i] = ptx::from_float<T>(values[i]);
-    }
-  }
-}
-
-// The same to data[index ...] of a dtype known at run time.
-__device__ __forceinline__ void store_vector(void* data, DType dtype, int64_t index, int count,
-                                             bool aligned, const float (&values)[kVector]) {
-  with_type(dtype, [&](auto type) {
-    store_vector(static_cast<decltype(type)*>(data) + index, count, aligned, values);
   });
 }
 

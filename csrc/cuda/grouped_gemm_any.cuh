@@ -1,5 +1,5 @@
 // grouped_gemm's kernel for what grouped_gemm.cuh can't take: any alignment and size, b with k as
-// its slow axis, float32 in or out.
+// its slow axis, float32 operands, an output of another 16-bit dtype.
 //
 // Schedule: a persistent block walks its items. All 4 warps load and multiply (mma_tile.cuh), then
 // the accumulators pass through shared memory, so that the epilogue is a small rolled loop and the
@@ -56,9 +56,8 @@ __device__ __forceinline__ auto columns_of_b(const GroupedGemm& p, const Item& i
     const bool gated = is_gated(p.activation.kind);
     const int64_t row = weight_row<Shape::kCols>(p, item.column_tile, B::first_line());
     const int width = gated ? Shape::kCols / 2 : Shape::kCols;
-    const int64_t left =
+    const int64_t count =
         p.n - static_cast<int64_t>(item.column_tile) * width - B::first_line() % width;
-    const int count = left < 0 ? 0 : (left < kPer16<T> ? static_cast<int>(left) : kPer16<T>);
     const int64_t stride = gated && p.gate_layout == GateLayout::kInterleaved ? 2 : 1;
     return B{weights + (row < 0 ? 0 : row), p.b_col_stride, stride, count, p.k, aligned};
   } else {
@@ -109,10 +108,10 @@ void launch_any_shape(const GroupedGemm& p, cudaStream_t stream) {
   const int64_t columns = column_tiles(p, Shape::kCols);
   const int64_t items = p.row_tiles.most * columns;
   const bool line_major = p.b_col_stride != 1;
-  const bool a_vector_each = !line_major || !is_gated(p.activation.kind) ||
+  const bool whole_vectors = !line_major || !is_gated(p.activation.kind) ||
                              (p.n % kVector == 0 && p.gate_layout != GateLayout::kInterleaved);
   const bool b_aligned =
-      a_vector_each && rows_are_aligned(p.b, p.b_expert_stride, p.dtype) &&
+      whole_vectors && rows_are_aligned(p.b, p.b_expert_stride, p.dtype) &&
       rows_are_aligned(p.b, line_major ? p.b_col_stride : p.b_row_stride, p.dtype);
   const Alignment aligned{rows_are_aligned(p.a, p.a_stride, p.dtype), b_aligned,
                           rows_are_aligned(p.out, p.out_stride, p.out_dtype)};

@@ -36,10 +36,9 @@ template <typename T>
 __device__ __forceinline__ auto operand(const void* data, int64_t stride, int64_t width,
                                         int64_t first, int begin, int rows, bool aligned) {
   using Operand = LineMajor<T, WgradShape<T>::kCols, WgradShape<T>::kDepth>;
-  const int64_t line = first + Operand::first_line(), left = width - line;
-  const int count = left < 0 ? 0 : (left < kPer16<T> ? static_cast<int>(left) : kPer16<T>);
+  const int64_t line = first + Operand::first_line();
   const T* const from = static_cast<const T*>(data) + begin * stride + line;
-  return Operand{from, stride, 1, count, rows, aligned};
+  return Operand{from, stride, 1, width - line, rows, aligned};
 }
 
 // `out`: all that is needed of a product to be finished, p's experts below one another.

@@ -4,11 +4,11 @@
 // Schedule: a block takes 4 or 8 output columns (gated: 4 gates and their ups) of one slot, or of a
 // token whose slots are added up. Its threads share out the vectors of 16 bytes that make up the
 // dot products. A thread loads kLoads of the weights straight into registers, which are read once,
-// then those of `a`, which lie in L1, and adds the products in float32; there is no ring and no
-// barrier, the other blocks of the multiprocessor load meanwhile. Where only `a` is new, the first
-// weights are under way before the kernel that writes it ends. At last the threads' sums meet, in
-// their warps and then in shared memory, where a thread a column finishes it. In flight: 128 bytes
-// a thread, 128 KB a multiprocessor.
+// then those of `a`, which lie in L1, and adds the products in float32; there is no ring, nor a
+// barrier in that loop, the other blocks of the multiprocessor load meanwhile. Where only `a` is
+// new, the first weights are under way before the kernel that writes it ends. At last the threads'
+// sums meet, in their warps and then in shared memory, where a thread a column finishes it. In
+// flight: 128 bytes a thread, 128 KB a multiprocessor.
 //
 // The order of a sum depends on the sizes alone, but it isn't grouped_gemm's.
 #include "block_scan.cuh"

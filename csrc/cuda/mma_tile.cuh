@@ -91,7 +91,7 @@ struct LineMajor {
   const T* data;  // of this thread's first line, at k = 0
   int64_t k_stride;
   int64_t line_stride;  // between this thread's lines; `aligned` means 1
-  int count;            // of its vector's lines, how many there are
+  int64_t count;        // of its vector's lines, how many there are, or more
   int64_t k;
   bool aligned;
 

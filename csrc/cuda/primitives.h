@@ -37,6 +37,8 @@ void grouped_gemm_sm90(const GroupedGemm& p, cudaStream_t stream);
 void grouped_gemm_wgrad(const GroupedGemmWgrad& p, cudaStream_t stream);
 void combine(const Combine& p, cudaStream_t stream);
 
+// grouped_gemm by torch's own matmul: reads the offsets on the host.
+void cublas_grouped_gemm(const GroupedGemm& p, cudaStream_t stream);
 // out = activation(h1 + bias) over the rows of one expert: the cublas backend's epilogue.
 void grouped_gemm_epilogue(const GroupedGemm& p, const float* product, int64_t first_row,
                            int64_t rows, int64_t expert, cudaStream_t stream);

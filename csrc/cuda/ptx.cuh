@@ -1,4 +1,5 @@
-// One small wrapper per instruction: all of the product's PTX, and nothing else.
+// One small wrapper per instruction: all of the product's PTX but the activations' two, and nothing
+// else.
 // tests/emulator replaces this header (it defines the guard first) by host versions.
 #ifndef SIMPLE_MOE_PTX_CUH
 #define SIMPLE_MOE_PTX_CUH
