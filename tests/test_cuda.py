@@ -321,9 +321,10 @@ FEW_TILES = MoeCase(
 @pytest.mark.skipif(not _library.build_info()["cuda_targets"], reason="needs a build with CUDA")
 def test_k_is_split_where_tiles_are_few():
     parts = {
-        tokens: planned(FEW_TILES.but(tokens=tokens), 132)[2] for tokens in (16, 128, 500, 2000)
+        tokens: planned(FEW_TILES.but(tokens=tokens), 132)[2]
+        for tokens in (16, 128, 500, 1000, 2000)
     }
-    assert parts == {16: 2, 128: 4, 500: 2, 2000: 1}
+    assert parts == {16: 2, 128: 4, 500: 4, 1000: 2, 2000: 1}
     for other in (dict(hidden=1032), dict(intermediate=2056), dict(hidden=64, intermediate=256)):
         assert planned(FEW_TILES.but(**other), 132)[2] == 1
 

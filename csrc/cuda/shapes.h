@@ -143,25 +143,26 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t first_n, i
   // So much higher than the mean that most experts need one tile, as long as padding is cheap.
   tiles.height = mean <= 12 ? 16 : mean <= 24 ? 32 : mean <= 48 ? 64 : 128;
   if (wgmma) {
-    if (mean > 96 && mean <= 192) tiles.height = 192;
+    if (mean > 96 && mean <= 176) tiles.height = 192;
   } else if (const int height = mean <= 80 ? 96 : 160; mean > 48 && fits(height, device)) {
     tiles.height = height;
   }
   // Where there would be too few for the multiprocessors k is split, in long parts, whose sums in
-  // float32 take no more memory than the first product's two branches would. Both backends split
-  // alike.
+  // float32 take no more memory than the first product's two branches would. A multiprocessor has
+  // room for two low tiles; of the lowest one is enough, whose sums cost more than waiting for
+  // memory. Both backends split alike.
   const int low = tiles.height < 64 ? tiles.height : 64;
+  const int64_t enough = low > 16 ? 2 * device.sm_count : device.sm_count;
   const auto items = [&](int height) {
     const int64_t columns = second_n << tiles.split_log2;
     return most(height) * ceil_div(columns < first_n ? columns : first_n, narrowest(height));
   };
-  while (may_split && items(low) < device.sm_count &&
-         second_n << (tiles.split_log2 + 1) <= first_n &&
+  while (may_split && items(low) < enough && second_n << (tiles.split_log2 + 1) <= first_n &&
          first_n >> (tiles.split_log2 + 1) >= 256 && (first_n >> tiles.split_log2) % 16 == 0) {
     ++tiles.split_log2;
   }
-  // And tiles are lower.
-  while (tiles.height > 16 && items(tiles.height) < device.sm_count) {
+  // And tiles are lower where they would leave half of the multiprocessors idle.
+  while (tiles.height > 16 && 2 * items(tiles.height) < device.sm_count) {
     tiles.height = tiles.height > 128 ? 128 : tiles.height > 64 ? 64 : tiles.height / 2;
   }
   // What two rows of warps take at once, or a warpgroup; it divides the height.
