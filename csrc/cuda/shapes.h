@@ -161,8 +161,9 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t first_n, i
          first_n >> (tiles.split_log2 + 1) >= 256 && (first_n >> tiles.split_log2) % 16 == 0) {
     ++tiles.split_log2;
   }
-  // And tiles are lower where they would leave half of the multiprocessors idle.
-  while (tiles.height > 16 && 2 * items(tiles.height) < device.sm_count) {
+  // And tiles are lower: high ones, which use a weight more often, where they would leave half of
+  // the multiprocessors idle, others where they would leave one.
+  while (tiles.height > 16 && (tiles.height > 64 ? 2 : 1) * items(tiles.height) < device.sm_count) {
     tiles.height = tiles.height > 128 ? 128 : tiles.height > 64 ? 64 : tiles.height / 2;
   }
   // What two rows of warps take at once, or a warpgroup; it divides the height.
