@@ -30,9 +30,7 @@
 #define __forceinline__ inline
 #define __noinline__  // libstdc++ has it as an attribute
 #define __launch_bounds__(...)
-#define __grid_constant__
 #define __align__(bytes) alignas(bytes)
-#define __restrict__
 
 using cudaStream_t = struct CudaStream*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
@@ -46,9 +44,6 @@ struct dim3 {
 struct alignas(8) int2 {
   int x, y;
 };
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
 struct alignas(8) uint2 {
   unsigned x, y;
 };
@@ -58,16 +53,6 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
   float x, y;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
@@ -89,21 +74,8 @@ T __ldcs(const T* global) {
 }
 
 inline int __popc(uint32_t x) { return std::popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return std::countl_zero(static_cast<uint32_t>(x)); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
-inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
-inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-
-template <typename T>
-T __ldg(const T* pointer) {
-  return *pointer;
-}
 
 template <typename T>
 T atomicAdd(T* pointer, std::type_identity_t<T> value) {
@@ -121,7 +93,6 @@ T atomicMax(T* pointer, std::type_identity_t<T> value) {
   return old;
 }
 
-inline void __threadfence() { emulator::maybe_switch(); }
 inline void __syncthreads(emulator::Where where = emulator::Where::current()) {
   emulator::maybe_switch();
   emulator::barrier("__syncthreads", where);
@@ -202,11 +173,6 @@ template <typename T>
 T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32, EMULATOR_WHERE) {
   const int from = emulator::in_segment(emulator::lane_id() - static_cast<int>(delta), width);
   return emulator::shuffle("__shfl_up_sync", mask, value, from, where);
-}
-template <typename T>
-T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32, EMULATOR_WHERE) {
-  const int from = emulator::in_segment(emulator::lane_id() + static_cast<int>(delta), width);
-  return emulator::shuffle("__shfl_down_sync", mask, value, from, where);
 }
 template <typename T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32, EMULATOR_WHERE) {
