@@ -88,8 +88,9 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     print("\n".join(activation_rows()))
     print("\n## Backends on CUDA\n")
-    print("Every dtype: float16 and bfloat16 with float32 sums, float32 in IEEE arithmetic (by cublas as"
-          " torch's own products: in tf32, if torch is told to allow it). Any H, I, alignment and number of experts; rows of whole 16 bytes are fast.\n")  # fmt: skip
+    print("Every dtype: float16 and bfloat16 with float32 sums, float32 in IEEE arithmetic (by cublas"
+          " as torch's own products: in tf32, if torch is told to allow it). Any H, I, alignment and"
+          " number of experts; rows of whole 16 bytes are fast.\n")  # fmt: skip
     print("| backend | GPUs | CUDA graphs, no host synchronisation | batch_invariant=True"
           " | chosen by auto |")  # fmt: skip
     print("| --- | --- | --- | --- | --- |")
