@@ -319,6 +319,19 @@ FEW_TILES = MoeCase(
 
 
 @pytest.mark.skipif(not _library.build_info()["cuda_targets"], reason="needs a build with CUDA")
+def test_one_round_of_wide_tiles_is_better_than_two():
+    mixtral = MoeCase(tokens=512, topk=2, experts=8, hidden=4096, intermediate=14336)
+    assert planned(mixtral, 132) == (160, 256, 1)
+
+
+@pytest.mark.skipif(not _library.build_info()["cuda_targets"], reason="needs a build with CUDA")
+def test_tiles_are_lower_where_they_are_few():
+    # 104 at most of 132 multiprocessors, and 48, 128, 192.
+    assert planned(FEW_TILES.but(tokens=256), 132) == (96, 256, 4)
+    assert planned(FEW_TILES.but(intermediate=512), 132)[0] == 16
+
+
+@pytest.mark.skipif(not _library.build_info()["cuda_targets"], reason="needs a build with CUDA")
 def test_k_is_split_where_tiles_are_few():
     parts = {
         tokens: planned(FEW_TILES.but(tokens=tokens), 132)[2]
