@@ -43,15 +43,16 @@ def main(names: list[str]) -> None:
             (400, "contiguous", "skewed", 264),
             (2000, "contiguous", "skewed", 72),
             (18, "contiguous", "masked", 64),  # k of the second product in two parts
+            (400, "contiguous", "skewed", 1544),  # long enough for items to be claimed late
         ):
             case = MoeCase(
                 tokens=tokens, layout=layout, routing=routing, hidden=hidden, dtype=dtype,
-                intermediate=72 if tokens == 1 else 1040 if hidden == 64 else hidden,
+                intermediate=72 if tokens == 1 else {64: 1040, 1544: 72}.get(hidden, hidden),
                 bias="float32", ids_dtype=torch.int64,
             )  # fmt: skip
             arguments = case.arguments("cuda")
             expected = reference.fused_moe(**arguments, compute_dtype=torch.float64)
-            by_each = hidden == 264 and tokens > 200 and dtype != torch.float32
+            by_each = hidden in (264, 1544) and tokens > 200 and dtype != torch.float32
             for backend in backends if by_each else ["auto"]:
                 out = moe_ops.fused_moe(**arguments, backend=backend)
                 assert_accurate(out, expected, TOLERANCE[dtype])

@@ -65,8 +65,12 @@ PLANTED = {
     "longer tiles before a tile forgotten": (
         ITEMS, "place * units + min(place, longer)", "place * units", properties.test_toy_tiles),
     "items skipped between given and claimed ones": (
-        ITEMS, "next_ = claimed_ + kGiven * gridDim.x", "next_ = claimed_ + 4 * gridDim.x",
+        ITEMS, "next_ = claimed_ + given() * gridDim.x", "next_ = claimed_ + 4 * gridDim.x",
         whole_vectors),
+    "a late item taken for the one after it": (
+        ITEMS, "(number + !late()) % kSlots", "(number + 1) % kSlots", whole_vectors),
+    "a late item begun before it is found": (
+        SHAPES, "kLookAt = 3, kFindAt = 1", "kLookAt = 1, kFindAt = 3", whole_vectors),
     "next item read too early": (
         GEMM, "if (steps < Shape::kStages) __syncthreads();", "", whole_vectors),
     "rows of an uneven tile forgotten": (
@@ -99,7 +103,7 @@ PLANTED = {
     "warps without rows left out": (
         GEMM, "if (!Shape::kWgmma || live > 0)", "if (live > 0)", whole_vectors),
     "rows of a later item not waited for": (
-        COPIER, "if constexpr (!kFirst) wait_for_rows(item);", "",
+        COPIER, "if (!kFirst && steps_left == 0) wait_for_rows(item);", "",
         properties.test_grouped_gemm_second_waits),
     "rows of the first item not waited for": (
         GEMM, "copier.wait_for_rows(queue[0]);", "", properties.test_grouped_gemm_second_waits),

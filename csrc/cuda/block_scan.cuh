@@ -8,9 +8,8 @@ namespace simple_moe {
 // Of a value of each lane, in every lane.
 template <typename T, typename Two>
 __device__ __forceinline__ T warp_reduce(T value, const Two& of_two) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
+  for (int lanes = 16; lanes > 0; lanes /= 2)
     value = of_two(value, __shfl_xor_sync(0xffffffffu, value, lanes));
-  }
   return value;
 }
 

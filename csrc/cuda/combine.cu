@@ -24,9 +24,7 @@ __global__ void __launch_bounds__(kThreads) fill_slot_rows_kernel(const Combine 
   for (int64_t e = 0; e <= p.experts; ++e) held |= p.expert_offsets[e] > row;
   if (row >= p.rows || !held) return;
   const int64_t slot = p.sorted_slots[row];
-  if (slot >= 0 && slot < p.tokens * p.topk) {
-    atomicMax(&p.slot_rows[slot], static_cast<int>(row));
-  }
+  if (slot >= 0 && slot < p.tokens * p.topk) atomicMax(&p.slot_rows[slot], static_cast<int>(row));
 }
 
 // -1: it isn't there.
@@ -84,11 +82,9 @@ __global__ void __launch_bounds__(kThreads)
     if (window == 0) ptx::let_next_kernel_start();
     const int slots = p.topk - window < 32 ? p.topk - window : 32;
     // Of all lanes, for they shuffle.
-    if (__all_sync(0xffffffffu, aligned_in && count == kVector)) {
-      add_slots<true>(rows, p.expert_out_stride, count, slots, row, weight, sums);
-    } else {
-      add_slots<false>(rows, p.expert_out_stride, count, slots, row, weight, sums);
-    }
+    __all_sync(0xffffffffu, aligned_in && count == kVector)
+        ? add_slots<true>(rows, p.expert_out_stride, count, slots, row, weight, sums)
+        : add_slots<false>(rows, p.expert_out_stride, count, slots, row, weight, sums);
   }
   if (count > 0)
     store_vector(p.out, p.out_dtype, token * p.hidden + column, count, aligned_out, sums);

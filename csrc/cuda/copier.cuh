@@ -12,15 +12,16 @@ template <typename Shape>
 class Copier {
  public:
   static constexpr int kPassesA = Shape::kPassesA * Shape::kPerLine;
-  static constexpr int kPasses = kPassesA + Shape::kPassesB * Shape::kPerLine;
+  static constexpr int kPassesB = Shape::kPassesB * Shape::kPerLine;
+  static constexpr int kPasses = kPassesA + kPassesB;
 
   __device__ Copier(const GroupedGemm& p, Queue<Shape>& queue)
       : p_(p), queue_(queue), a_stride_(static_cast<uint32_t>(p.a_stride) * 2) {
     begin_item<true>();
   }
 
-  // Copies kFirst ... kLast - 1 of the next step (or of the item's step `ahead` from there): first
-  // those of a, then those of b. Past the last item nothing is copied.
+  // Copies kFirst ... kLast - 1 of the next step (or of the item's step `ahead` from there), those
+  // of a from kFirstA on, of b from kFirstB. Past the last item nothing is copied.
   template <int kFirst, int kLast>
   __device__ void copy(uint32_t slot, int ahead = 0) const {
     const int more = ahead * Shape::kLineBytes;
@@ -28,17 +29,22 @@ class Copier {
     const uint32_t to = slot + Shape::place(line(), vector());
 #pragma unroll
     for (int i = kFirst; i < kLast; ++i) {
-      const int pass = (i < kPassesA ? i : i - kPassesA) / Shape::kPerLine;
+      const bool of_a = kFirstA <= i && i < kFirstA + kPassesA;
+      const int pass = (i - (of_a ? kFirstA : kFirstB)) / Shape::kPerLine;
       const int vectors = i % Shape::kPerLine * Shape::kAcross;  // further on in the line
       const auto copy_vector = [&](uint32_t operand, const char* from) {
         ptx::cp_async_16<Shape::kReadsOn>(operand + pass * Shape::kPassBytes + vectors * 16,
                                           from + more + vectors * 16, left > vectors * kVector);
       };
-      if (i >= kPassesA && pass < b_passes_)
+      if (!of_a && pass < b_passes_)
         copy_vector(to + Shape::kABytes, ptx::advance(b_, pass, b_pass_stride_));
-      if (i < kPassesA && pass < a_passes_)
-        copy_vector(to, ptx::advance(a_, a_rows_[pass], a_stride_));
+      if (of_a && pass < a_passes_) copy_vector(to, ptx::advance(a_, a_rows_[pass], a_stride_));
     }
+  }
+
+  __device__ void copy_a(uint32_t slot) const { copy<kFirstA, kFirstA + kPassesA>(slot); }
+  __device__ void copy_b(uint32_t slot, int ahead = 0) const {
+    copy<kFirstB, kFirstB + kPassesB>(slot, ahead);
   }
 
   // All of it is copied: goes on to the next.
@@ -47,7 +53,11 @@ class Copier {
     a_ += Shape::kLineBytes;
     b_ += Shape::kLineBytes;
     k_ += Shape::kDepth;
-    if (k_ - vector() * kVector >= static_cast<int>(p_.k)) begin_item();
+    const int done = k_ - vector() * kVector;
+    if (done >= (Shape::kClaimsLate ? queue_.claim_from : static_cast<int>(p_.k))) {
+      const int left = static_cast<int>(p_.k) - done;
+      begin_item(Shape::kClaimsLate && left > 0 ? (left + Shape::kDepth - 1) / Shape::kDepth : 0);
+    }
   }
 
   // Until an item's rows of `a` are written, where the first product may still be at it.
@@ -62,12 +72,19 @@ class Copier {
   __device__ static int vector() { return threadIdx.x % Shape::kAcross; }
   __device__ static int line() { return threadIdx.x / Shape::kAcross; }
 
-  // Past the last item comes one of no rows.
+  // What comes first in a step. Where items are claimed late it is b: what that brings and a's row
+  // numbers are waited for together, by whoever asks for a's rows.
+  static constexpr int kFirstA = Shape::kClaimsLate ? kPassesB : 0;
+  static constexpr int kFirstB = Shape::kClaimsLate ? 0 : kPassesA;
+
+  // Past the last item comes one of no rows. With steps left it is prepared for, no more.
   template <bool kFirst = false>
-  __device__ void begin_item() {
-    const Item item = queue_[begun_];
-    if constexpr (!kFirst) wait_for_rows(item);
-    queue_.begin(begun_++);
+  __device__ void begin_item(int steps_left = 0) {
+    const Item item = steps_left == 0 ? queue_[begun_] : Item{};
+    if (!kFirst && steps_left == 0) wait_for_rows(item);
+    queue_.prepare(begun_, steps_left);
+    if (steps_left > 0) return;
+    ++begun_;
     k_ = vector() * kVector;
     const int at = item.part * static_cast<int>(p_.k) + k_;
     a_ = static_cast<const char*>(p_.a) + at * 2;

@@ -42,9 +42,8 @@ __device__ __forceinline__ void store_vector(void* data, DType dtype, int64_t in
     using T = decltype(type);
     T* const row = static_cast<T*>(data) + index;
     if (!aligned || count < kVector) {
-      for (int i = 0; i < kVector; ++i) {
+      for (int i = 0; i < kVector; ++i)
         if (i < count) row[i] = ptx::from_float<T>(values[i]);
-      }
     } else if constexpr (std::is_same_v<T, float>) {
       reinterpret_cast<uint4*>(row)[0] = reinterpret_cast<const uint4&>(values[0]);
       reinterpret_cast<uint4*>(row)[1] = reinterpret_cast<const uint4&>(values[4]);

@@ -13,6 +13,7 @@ template <GemmTile kShape>
 struct GemmShape {
   static constexpr GemmTile kTile = kShape;
   static constexpr bool kWgmma = kShape.wgmma, kReadsOn = kShape.reads_on;
+  static constexpr bool kClaimsLate = kShape.claims_late();
   static constexpr int kBehind = kShape.behind(), kAhead = kShape.stages - kBehind;
   static constexpr int kRows = kShape.rows, kCols = kShape.cols, kDepth = kShape.depth;
   static constexpr int kStages = kShape.stages, kWarpRows = kShape.warp_rows;
@@ -61,6 +62,6 @@ __device__ __forceinline__ int64_t row_of_line(const GroupedGemm& p, const Item&
 }
 
 template <typename Shape>
-using Queue = ItemQueue<Shape::kQueue>;
+using Queue = ItemQueue<Shape::kQueue, Shape::kClaimsLate>;
 
 }  // namespace simple_moe::cuda

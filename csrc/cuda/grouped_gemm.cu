@@ -39,9 +39,8 @@ __global__ void __launch_bounds__(kThreads) zero_other_rows_kernel(const Grouped
   bool held = false;
   for (int64_t e = 1; e <= p.experts; ++e) held |= p.expert_offsets[e] > row;
   if (row >= p.rows || (held && p.expert_offsets[0] <= row)) return;
-  for (int64_t column = threadIdx.x % 32; column < p.n; column += 32) {
+  for (int64_t column = threadIdx.x % 32; column < p.n; column += 32)
     store_vector(p.out, p.out_dtype, row * p.out_stride + column, 1, false, {});
-  }
 }
 
 // A block takes some rows of one expert.

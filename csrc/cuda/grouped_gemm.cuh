@@ -38,7 +38,7 @@ namespace simple_moe::cuda {
 
 template <typename Product>
 __global__ void __launch_bounds__(Product::Shape::kThreads, Product::Shape::kBlocks)
-    grouped_gemm_kernel(const GroupedGemm p, const Divisor column_tiles) {
+    grouped_gemm_kernel(const GroupedGemm p, const Divisor column_tiles, const int claim_from) {
   using Shape = typename Product::Shape;
 #ifdef __CUDA_ARCH__
   // The compiler's time is not spent where this is never launched.
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(Product::Shape::kThreads, Product::Shape::kBlo
   unsigned char* const smem = ptx::dynamic_smem();
   const uint32_t ring = ptx::keep(ptx::smem_address(smem));
   const int steps = static_cast<int>((p.k + Shape::kDepth - 1) / Shape::kDepth);
-  Queue<Shape> queue(p, column_tiles, reinterpret_cast<Item*>(smem + Shape::kQueueAt));
+  Queue<Shape> queue(p, column_tiles, claim_from, reinterpret_cast<Item*>(smem + Shape::kQueueAt));
   __syncthreads();
   Copier<Shape> copier(p, queue);
   // Weights that are copied first: as many as there is time for until `a` has been written, or its
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Product::Shape::kThreads, Product::Shape::kBlo
   const int steps_first = steps < Shape::kStages ? 0 : p.is_second ? Shape::kAhead : 2;
 #pragma unroll 1
   for (int step = 0; step < steps_first; ++step) {
-    copier.template copy<copier.kPassesA, copier.kPasses>(ring + step * Shape::kSlotBytes, step);
+    copier.copy_b(ring + step * Shape::kSlotBytes, step);
   }
   if (p.is_second && !p.row_tiles.progress) ptx::wait_for_earlier_kernels();
   copier.wait_for_rows(queue[0]);
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(Product::Shape::kThreads, Product::Shape::kBlo
 #pragma unroll 1
   for (int step = 0; step < Shape::kAhead; ++step) {
     const uint32_t slot = ring + step * Shape::kSlotBytes;
-    copier.template copy<0, copier.kPassesA>(slot);
-    if (step >= steps_first) copier.template copy<copier.kPassesA, copier.kPasses>(slot);
+    copier.copy_a(slot);
+    if (step >= steps_first) copier.copy_b(slot);
     if (steps < Shape::kStages) __syncthreads();  // for the queue
     copier.end_step();
   }
@@ -112,7 +112,8 @@ void launch_product(const GroupedGemm& p, cudaStream_t stream) {
   const int64_t items = p.row_tiles.most * columns;
   const int64_t resident = device.sm_count * resident_blocks(Shape::kTile, device);
   launch<Start::kEarly>(grouped_gemm_kernel<Product>, items < resident ? items : resident,
-                        Shape::kThreads, Shape::kBytes, stream, p, Divisor(columns));
+                        Shape::kThreads, Shape::kBytes, stream, p, Divisor(columns),
+                        static_cast<int>(choose_claim(Shape::kTile, p.k)));
 }
 
 }  // namespace simple_moe::cuda

@@ -23,9 +23,8 @@ using WgradShape = TileShape<T, 128, 128, 64, 4, 2>;
 // rows] and made monotonic by a running maximum.
 __device__ __forceinline__ int2 rows_of(const GroupedGemmWgrad& p, int64_t expert) {
   int upto = 0;  // the running maximum before the expert
-  for (int64_t e = threadIdx.x % 32; e <= expert; e += 32) {
+  for (int64_t e = threadIdx.x % 32; e <= expert; e += 32)
     upto = max(upto, clamped_offset(p.expert_offsets, e, p.rows));
-  }
   const int begin = warp_reduce(upto, [](auto a, auto b) { return max(a, b); });
   const int count = clamped_offset(p.expert_offsets, expert + 1, p.rows) - begin;
   return {begin, count < 0 ? 0 : count};

@@ -63,47 +63,59 @@ __device__ __forceinline__ void publish(const GroupedGemm& p, const Item& item, 
 }
 
 // A block's items for a kernel that copies ahead of its products: a queue in shared memory, filled
-// by thread 0. The first few fall to every block alike; after that a block claims the next item
-// whenever it begins one. So the items in the making stay neighbours, and share what they read from
-// L2, however long the blocks have run; and all end together. (With fixed shares slower blocks fell
-// behind by whole tiles, and weights were read from memory three times over.)
+// by thread 0. The first fall to every block alike; after that a block claims its next. So the
+// items in the making stay neighbours, and share what they read from L2, however long the blocks
+// have run; and all end together. (With fixed shares slower blocks fell behind by whole tiles, and
+// weights were read from memory three times over.)
 //
-// An item takes two trips to memory: it is claimed, and looked up. Each is made while an earlier
-// item is copied, and what comes back isn't touched before the next begins: a use is a wait.
-template <int kSlots>
+// An item takes two trips to memory: it is claimed, and looked up. What comes back isn't touched
+// before one of the next steps: a use is a wait. Short items are claimed early: each trip is made
+// while one is copied, and the third from there is the one that was claimed. Long ones late, in the
+// last steps of the item before: in the time of three of them blocks drift apart by more bytes than
+// L2 holds, and neighbours share no more. (DeepSeek-V3's first product of 16384 tokens, which needs
+// 17 GB, read 40 from memory so, and reads 19.)
+template <int kSlots, bool kMayClaimLate>
 class ItemQueue {
  public:
-  // All threads. queue[0] is there after the block's next barrier.
-  __device__ ItemQueue(const GroupedGemm& p, const Divisor& column_tiles, Item* queue)
-      : p_(p),
+  // All threads. queue[0] is there after the block's next barrier. `claim_from`: choose_claim's.
+  __device__ ItemQueue(const GroupedGemm& p, const Divisor& column_tiles, const int& claim_from,
+                       Item* queue)
+      : claim_from(claim_from),
+        p_(p),
         items_(p, column_tiles),
         queue_(queue),
-        next_(given(1)),
-        claimed_(given(2) - kGiven * gridDim.x) {
+        next_(late() ? blockIdx.x : blockIdx.x + gridDim.x),
+        claimed_(blockIdx.x + (2 - given()) * gridDim.x) {
     if (threadIdx.x != 0) return;
-    const uint4 first = items_.look(given(0));
+    const uint4 first = items_.look(blockIdx.x);
     looked_ = items_.look(next_);
-    queue_[0] = items_.find(given(0), first);
+    queue_[0] = items_.find(blockIdx.x, first);
   }
 
   // The item with that number of the block. At most kSlots are kept.
   __device__ const Item& operator[](unsigned number) const { return queue_[number % kSlots]; }
 
-  // Item `number` is being begun; the next is there after the block's next barrier.
-  __device__ void begin(unsigned number) {
+  // Item `number` will be begun in so many steps. What is found then is there after the block's
+  // next barrier: that item, or, if they are claimed early and it is being begun, the one after it.
+  __device__ void prepare(unsigned number, int steps_left) {
+    // A branch of its own: else the compiler adds for whichever lanes there are, and waits.
     if (threadIdx.x != 0) return;
-    queue_[(number + 1) % kSlots] = items_.find(next_, looked_);
-    next_ = claimed_ + kGiven * gridDim.x;
+    const auto due = [&](int at) { return steps_left == (late() ? at : 0); };
+    if (due(kFindAt)) queue_[(number + !late()) % kSlots] = items_.find(next_, looked_);
+    if (due(kLookAt)) next_ = claimed_ + given() * gridDim.x;
     // In this order: the other way round the compiler moves what was looked up to other registers,
     // as it does if nothing is asked before a claim. Past the last item there is nothing to claim.
-    if (items_.has(next_)) claimed_ = atomicAdd(&p_.row_tiles.head->claimed[p_.is_second], 1u);
-    looked_ = items_.look(next_);
+    if (due(kClaimAt) && items_.has(next_))
+      claimed_ = atomicAdd(&p_.row_tiles.head->claimed[p_.is_second], 1u);
+    if (due(kLookAt)) looked_ = items_.look(next_);
   }
 
+  const int& claim_from;  // From there on prepare() is called at each step's end.
+
  private:
+  __device__ bool late() const { return kMayClaimLate && claim_from < static_cast<int>(p_.k); }
   // Items that fall to every block; the first claimed is its next.
-  static constexpr unsigned kGiven = 3;
-  __device__ static unsigned given(unsigned number) { return blockIdx.x + number * gridDim.x; }
+  __device__ unsigned given() const { return late() ? 1 : 3; }
 
   const GroupedGemm& p_;
   Items items_;

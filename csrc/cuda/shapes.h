@@ -34,6 +34,9 @@ struct GemmTile {
   constexpr int queue() const { return stages + 3; }
   // So many steps after its product was begun a slot is filled again: wgmma's ends a step later.
   constexpr int behind() const { return wgmma ? 2 : 1; }
+  // Whether items may be claimed in the last steps of those before: several tiles share a weight
+  // where an expert has many rows, and for these are the high ones.
+  constexpr bool claims_late() const { return rows >= 128; }
   constexpr int bytes() const { return stages * slot_bytes() + staged_beside() + queue() * 16; }
 };
 
@@ -62,6 +65,15 @@ inline constexpr GemmTile kShapes[] = {
     {16, 64, 64, 6, 1, 4, 3},
 };
 inline constexpr int kShapeCount = sizeof(kShapes) / sizeof(GemmTile);
+
+// Steps before a tile's end: in the first of them the next is claimed, and so on (ItemQueue).
+inline constexpr int kClaimAt = 5, kLookAt = 3, kFindAt = 1;
+
+// The k of a tile from which on the next is claimed late; all of its k, if it is claimed early. A
+// short tile's is: the steps of a claim take longer, which would be too great a part of it.
+inline int64_t choose_claim(const GemmTile& tile, int64_t k) {
+  return tile.claims_late() && k >= 24 * tile.depth ? k - kClaimAt * tile.depth : k;
+}
 
 // What of a product the choice depends on.
 struct ProductSize {

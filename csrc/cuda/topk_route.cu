@@ -108,9 +108,8 @@ __device__ void choose_groups(const TopkRoute& p, uint32_t* keys, uint32_t* grou
   }
   __syncwarp();
   uint64_t last_chosen = ~uint64_t(0);
-  for (int i = 0; i < p.topk_groups; ++i) {
+  for (int i = 0; i < p.topk_groups; ++i)
     last_chosen = largest_below(last_chosen, group_keys, p.num_groups);
-  }
   for (int64_t e = lane; e < p.experts; e += 32) {
     const int64_t g = e / size;
     if (rank_of(group_keys[g], g) < last_chosen) keys[e] = kExcludedKey;
@@ -128,9 +127,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) topk_route_kernel(const TopkRo
       p.keys ? p.keys + token * row : reinterpret_cast<uint32_t*>(ptx::dynamic_smem()) + warp * row;
 
   const Scores<T> scores(p, token);
-  for (int64_t e = lane; e < p.experts; e += 32) {
+  for (int64_t e = lane; e < p.experts; e += 32)
     keys[e] = key_of(p.bias.data ? scores(e) + load_float(p.bias, e) : scores(e));
-  }
   __syncwarp();
   if (p.num_groups > 1) choose_groups(p, keys, keys + p.experts);
 
@@ -143,14 +141,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps) topk_route_kernel(const TopkRo
     const auto id = static_cast<int32_t>(~static_cast<uint32_t>(rank));
     const float weight = rank >> 32 == kNanKey ? 0.0f : scores(id);
     sum += weight;
-    if (lane == k % 32) {
-      ids[k] = id;
-      weights[k] = weight;
-    }
+    if (lane == k % 32) ids[k] = id, weights[k] = weight;
   }
-  for (int k = lane; k < p.topk; k += 32) {  // The lane that wrote it.
+  for (int k = lane; k < p.topk; k += 32)  // The lane that wrote it.
     weights[k] = (p.renormalize && sum > 0 ? weights[k] / sum : weights[k]) * p.scaling;
-  }
 }
 
 size_t smem_of_warp(const TopkRoute& p) {

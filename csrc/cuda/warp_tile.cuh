@@ -94,7 +94,9 @@ class WarpTile : public Accumulators<T, Shape> {
   template <int kSet>
   __device__ void multiply_row(int i) {
 #pragma unroll
-    for (int j = 0; j < kJ; ++j) {
+    for (int n = 0; n < kJ; ++n) {
+      // There and back: what of b the last product had, the next row's first has too.
+      const int j = i % 2 ? kJ - 1 - n : n;
       ptx::mma_m16n8k16<T>(acc_[i][j], a_[i], b_[kSet][j / 2][j % 2 * 2],
                            b_[kSet][j / 2][j % 2 * 2 + 1]);
     }
