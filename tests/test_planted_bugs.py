@@ -67,10 +67,10 @@ PLANTED = {
     "items skipped between given and claimed ones": (
         ITEMS, "next_ = claimed_ + given() * gridDim.x", "next_ = claimed_ + 4 * gridDim.x",
         whole_vectors),
-    "a late item taken for the one after it": (
-        ITEMS, "(number + !late()) % kSlots", "(number + 1) % kSlots", whole_vectors),
-    "a late item begun before it is found": (
-        SHAPES, "kLookAt = 3, kFindAt = 1", "kLookAt = 1, kFindAt = 3", whole_vectors),
+    "items skipped before the first claimed late": (
+        ITEMS, "late() ? 1 : 3", "late() ? 2 : 3", whole_vectors),
+    "items claimed late not looked up": (
+        ITEMS, "if (due(kLookAt)) looked_", "if (due(kLookAt) && !late()) looked_", whole_vectors),
     "next item read too early": (
         GEMM, "if (steps < Shape::kStages) __syncthreads();", "", whole_vectors),
     "rows of an uneven tile forgotten": (
@@ -153,7 +153,7 @@ PLANTED = {
         SUMS, "&ups = acc_[i][j ^ 1]", "&ups = acc_[i][j]",
         properties.test_grouped_gemm_activation),
     "logit one too far": (
-        ROUTE, "e < p.experts; e += 32) {\n    keys[e]", "e <= p.experts; e += 32) {\n    keys[e]",
+        ROUTE, "e < p.experts; e += 32)\n    keys[e]", "e <= p.experts; e += 32)\n    keys[e]",
         properties.test_topk_route),
     "groups not waited for": (
         ROUTE, "}\n  __syncwarp();\n  uint64_t last_chosen", "}\n  uint64_t last_chosen",
