@@ -73,7 +73,7 @@ __device__ __forceinline__ void publish(const GroupedGemm& p, const Item& item, 
 // while one is copied, and the third from there is the one that was claimed. Long ones late, in the
 // last steps of the item before: in the time of three of them blocks drift apart by more bytes than
 // L2 holds, and neighbours share no more. (DeepSeek-V3's first product of 16384 tokens, which needs
-// 17 GB, read 40 from memory so, and reads 19.)
+// 16 GB, read 40 from memory so, and reads 19.)
 template <int kSlots, bool kMayClaimLate>
 class ItemQueue {
  public:
