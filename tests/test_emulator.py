@@ -407,8 +407,6 @@ WGMMA = dict(rows=300, n=264, k=136, experts=2, dtype=torch.float16, out_dtype=N
              offsets="even", gathered=True, weighted=True, bias=None, n_major=False, a_padding=0,
              out_padding=0, misaligned=[], zero_other_rows=False, columns=4096, scattered=True,
              sm90=True)  # fmt: skip
-# k long enough for items to be claimed late.
-LONG = WGMMA | dict(k=1544)
 # By mma.sync: most experts have a few rows, fewer than their tile's first warps take.
 FEW_ROWS = WGMMA | dict(rows=500, n=72, k=72, experts=8, offsets="skewed", sm90=False)
 
@@ -418,8 +416,6 @@ FEW_ROWS = WGMMA | dict(rows=500, n=72, k=72, experts=8, offsets="skewed", sm90=
 @example(WGMMA, 0, 0, dict(seed=0, sm_count=1))
 @example(WGMMA | dict(bias="float32"), 1, 0, dict(seed=0, sm_count=1))
 @example(WGMMA | dict(n=376), 0, 0, dict(seed=0, sm_count=3))  # in tiles of 192 x 128
-@example(LONG, 0, 0, dict(seed=0, sm_count=2))
-@example(LONG | dict(sm90=False), 0, 0, dict(seed=0, sm_count=2))
 @example(FEW_ROWS, 0, 0, dict(seed=0, sm_count=1))
 @example(FEW_ROWS | dict(bias="float32"), 2, 0, dict(seed=0, sm_count=1))
 def test_grouped_gemm_of_whole_vectors(emulator, case, split_log2, seed, machine):
@@ -427,6 +423,12 @@ def test_grouped_gemm_of_whole_vectors(emulator, case, split_log2, seed, machine
         case = case | dict(k=case["k"] << split_log2, split_log2=split_log2,
                            out_dtype=torch.float32, zero_other_rows=False)  # fmt: skip
     check_grouped_gemm(emulator, case, seed, machine)
+
+
+@pytest.mark.parametrize("sm90", [False, True])
+def test_grouped_gemm_claims_late(emulator, sm90):
+    case = WGMMA | dict(k=1544, sm90=sm90)  # long enough, and more tiles than blocks
+    check_grouped_gemm(emulator, case, 0, dict(seed=0, sm_count=2))
 
 
 def test_the_same_bits_from_both_kernels(emulator):

@@ -35,6 +35,10 @@ def whole_vectors(emulator):
     properties.test_grouped_gemm_of_whole_vectors(emulator)
 
 
+def long_tiles(emulator):
+    properties.test_grouped_gemm_claims_late(emulator, False)
+
+
 # name: the file, its text, the bug in its place, the test that must fail; what is compiled with it,
 # where sources_of() doesn't know.
 PLANTED = {
@@ -68,9 +72,9 @@ PLANTED = {
         ITEMS, "next_ = claimed_ + given() * gridDim.x", "next_ = claimed_ + 4 * gridDim.x",
         whole_vectors),
     "items skipped before the first claimed late": (
-        ITEMS, "late() ? 1 : 3", "late() ? 2 : 3", whole_vectors),
+        ITEMS, "late() ? 1 : 3", "late() ? 2 : 3", long_tiles),
     "items claimed late not looked up": (
-        ITEMS, "if (due(kLookAt)) looked_", "if (due(kLookAt) && !late()) looked_", whole_vectors),
+        ITEMS, "if (due(kLookAt)) looked_", "if (due(kLookAt) && !late()) looked_", long_tiles),
     "next item read too early": (
         GEMM, "if (steps < Shape::kStages) __syncthreads();", "", whole_vectors),
     "rows of an uneven tile forgotten": (
