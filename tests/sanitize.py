@@ -34,13 +34,13 @@ def main(names: list[str]) -> None:
             (130, "padded", "skewed", 130),
             (700, "contiguous", "idle", 72),
             (300, "transposed", "uniform", 72),
-            # Row tiles of 16, 32, 64, 96 and 160 (256 columns and 128) in the kernels for whole
-            # vectors, of 128 and 192 (by 192 and by 128) by wgmma; and many.
+            # Row tiles of 16, 32, 64 and 160 (256 columns in four slots and in three, and 128) in
+            # the kernels for whole vectors, of 128 and 192 (by 192 and by 128) by wgmma; and many.
             (20, "contiguous", "skewed", 264),
             (60, "contiguous", "skewed", 264),
             (160, "contiguous", "masked", 264),
-            (220, "contiguous", "skewed", 264),
             (400, "contiguous", "skewed", 264),
+            (700, "contiguous", "skewed", 264),
             (2000, "contiguous", "skewed", 72),
             (18, "contiguous", "masked", 64),  # k of the second product in two parts
             (400, "contiguous", "skewed", 1544),  # long enough for items to be claimed late

@@ -274,14 +274,14 @@ def test_sm90_adds_as_sm80_does(sm90, dtype, spread):
     assert_same_bits(moe_ops.grouped_gemm(a, b, offsets, backend="sm90"), expected)
 
 
-def planned(case, sms: int) -> tuple[int, int, int]:
+def planned(case, sms: int, keys=("rows", "cols", "parts")) -> tuple[int, ...]:
     """The rows and columns of the tile that shapes.h plans for a layer's second product, and in how
-    many parts its k is split."""
+    many parts its k is split; or others of its figures."""
     plan = ctypes.CDLL(str(_library.PATH)).simple_moe_plan
     plan.restype = ctypes.c_char_p
     plan.argtypes = [ctypes.c_int64] * 5 + [ctypes.c_int] * 3
     tiles = plan(case.tokens, case.topk, case.experts, case.hidden, case.intermediate, 1, sms, 227)
-    return tuple(json.loads(tiles)[1][key] for key in ("rows", "cols", "parts"))
+    return tuple(json.loads(tiles)[1][key] for key in keys)
 
 
 def case_of_the_highest_tiles(cols: int, sms: int) -> MoeCase:
@@ -308,8 +308,18 @@ def test_the_height_of_tiles_follows_the_rows_of_an_expert():
         for mean in (8, 24, 40, 64, 100, 200, 256, 512, 1024)
     }
     assert planned_rows == {
-        8: 16, 24: 32, 40: 64, 64: 96, 100: 160, 200: 160, 256: 160, 512: 160, 1024: 160
+        8: 16, 24: 32, 40: 64, 64: 160, 100: 160, 200: 160, 256: 160, 512: 160, 1024: 160
     }  # fmt: skip
+
+
+@pytest.mark.skipif(not _library.build_info()["cuda_targets"], reason="needs a build with CUDA")
+def test_more_is_in_flight_where_weights_come_from_memory():
+    """An expert has one tile, or several that share its weights."""
+    planned_stages = {
+        mean: planned(MoeCase(tokens=4 * mean, hidden=4096, intermediate=4096), 132, ["stages"])[0]
+        for mean in (64, 160, 161, 1024)
+    }
+    assert planned_stages == {64: 4, 160: 4, 161: 3, 1024: 3}
 
 
 # Few experts and columns, so few tiles.
@@ -327,7 +337,7 @@ def test_one_round_of_wide_tiles_is_better_than_two():
 @pytest.mark.skipif(not _library.build_info()["cuda_targets"], reason="needs a build with CUDA")
 def test_tiles_are_lower_where_they_are_few():
     # 104 at most of 132 multiprocessors, and 48, 128, 192.
-    assert planned(FEW_TILES.but(tokens=256), 132) == (96, 256, 4)
+    assert planned(FEW_TILES.but(tokens=256), 132) == (160, 128, 4)
     assert planned(FEW_TILES.but(intermediate=512), 132)[0] == 16
 
 

@@ -47,11 +47,11 @@ constexpr GemmTile without_reading_on(GemmTile tile) {
 
 // Of one height the best first, where it fits and there is enough to do.
 inline constexpr GemmTile kShapes[] = {
+    {160, 256, 64, 4, 2, 4, 1},
     {160, 256, 64, 3, 2, 4, 1},
     {160, 128, 64, 5, 2, 4, 1},
     {128, 256, 64, 3, 2, 4, 1},
     {128, 128, 32, 4, 2, 2, 2},
-    {96, 256, 64, 4, 2, 4, 1},
     without_reading_on({64, 128, 64, 4, 1, 4, 2}),
     {64, 128, 64, 4, 1, 4, 2},
     {64, 128, 64, 3, 1, 4, 2},
@@ -156,8 +156,8 @@ inline RowTiles plan_row_tiles(int64_t rows, int64_t experts, int64_t first_n, i
   tiles.height = mean <= 12 ? 16 : mean <= 24 ? 32 : mean <= 48 ? 64 : 128;
   if (wgmma) {
     if (mean > 96 && mean <= 176) tiles.height = 192;
-  } else if (const int height = mean <= 80 ? 96 : 160; mean > 48 && fits(height, device)) {
-    tiles.height = height;
+  } else if (mean > 48 && fits(160, device)) {
+    tiles.height = 160;
   }
   // Where there would be too few for the multiprocessors k is split, in long parts, whose sums in
   // float32 take no more memory than the first product's two branches would. A multiprocessor has
@@ -219,6 +219,8 @@ inline bool suits(const GemmTile& tile, const RowTiles& tiles, const ProductSize
   }
   GemmTile narrow = tile;
   narrow.cols = least;
+  // Where an expert mostly has one tile its weights come from memory: more in flight.
+  if (tile.stages > 3 && mean_rows(size.rows, size.experts) > tile.rows) return false;
   if (tile.rows > 128) return !is_faster(narrow, tile, size, device);
   return items >= device.sm_count;
 }
