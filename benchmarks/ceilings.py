@@ -11,11 +11,12 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import replay_us
+from measure import REST_SECONDS, replay_us
 from peers import reason
 from torch import Tensor
 
@@ -162,6 +163,7 @@ def _mma_sync_tflops(peaks: ctypes.CDLL) -> float:
     sink = torch.zeros(256, device="cuda")
     blocks, milliseconds, times = _blocks("mma_sync"), ctypes.c_float(), []
     torch.cuda.synchronize()
+    time.sleep(REST_SECONDS)
     for _ in range(6):
         address = ctypes.c_void_p(sink.data_ptr())
         _check(peaks.mma_sync(blocks, MMA_ITERATIONS, address, ctypes.byref(milliseconds)))

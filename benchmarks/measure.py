@@ -15,6 +15,9 @@ from torch import Tensor
 import moe_ops
 
 Result = TypeVar("Result")
+# Idle before each measurement: the power cap looks back, and what ran before would lower the clock,
+# of an H200 by up to 6 %.
+REST_SECONDS = 0.2
 WARM_SECONDS = 0.03  # of replays before the timed ones, for the clocks
 TIMED_SECONDS = 0.3
 REPLAYS = (5, 100)  # at least, at most
@@ -62,6 +65,7 @@ def replay_us(record: Callable[[], Result], seconds: float = TIMED_SECONDS) -> t
         result = record()
     graph.replay()
     torch.cuda.synchronize()
+    time.sleep(REST_SECONDS)
     begin, warm = time.perf_counter(), 0
     while warm == 0 or time.perf_counter() - begin < WARM_SECONDS:
         graph.replay()
