@@ -4,8 +4,8 @@
 
 One CUDA graph holds many calls, each with other inputs, other routing and another copy of the
 weights, so that at least four times the L2 of other weights passes before any weight is used again.
-The figure is the median replay divided by the calls. The GPU rests before each measurement, of a
-ceiling too, so that none depends on what ran before.
+The figure is the median replay divided by the calls. The GPU rests before each graph and ceiling,
+so that none depends on what ran before; not before the eager loop, which can't be captured.
 """
 
 from __future__ import annotations

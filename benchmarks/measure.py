@@ -15,8 +15,8 @@ from torch import Tensor
 import moe_ops
 
 Result = TypeVar("Result")
-# Idle before each measurement: the power cap looks back, and what ran before would lower the clock,
-# of an H200 by up to 6 %.
+# Idle before a graph or a ceiling is timed: the power cap looks back, and what ran before would
+# lower the clock, of an H200 by up to 6 %.
 REST_SECONDS = 0.2
 WARM_SECONDS = 0.03  # of replays before the timed ones, for the clocks
 TIMED_SECONDS = 0.3

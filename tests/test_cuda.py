@@ -336,7 +336,7 @@ def test_one_round_of_wide_tiles_is_better_than_two():
 
 @pytest.mark.skipif(not _library.build_info()["cuda_targets"], reason="needs a build with CUDA")
 def test_tiles_are_lower_where_they_are_few():
-    # 104 at most of 132 multiprocessors, and 48, 128, 192.
+    # 176 at most for 132 multiprocessors, and 48, 128, 192.
     assert planned(FEW_TILES.but(tokens=256), 132) == (160, 128, 4)
     assert planned(FEW_TILES.but(intermediate=512), 132)[0] == 16
 
