@@ -86,6 +86,11 @@ PLANTED = {
     "product before the others' copies": (
         MMA, "__syncthreads();  // This slot has landed", "// This slot has landed",
         properties.test_grouped_gemm),
+    "elements that lie apart copied as neighbours": (
+        MMA, "neighbours && reinterpret_cast", "reinterpret_cast", properties.test_grouped_gemm),
+    "16 bytes copied from anywhere": (
+        MMA, "reinterpret_cast<uintptr_t>(from[0]) % 16 == 0", "true",
+        properties.test_grouped_gemm),
     "slot before its copies": (
         COPIER, "cp_async_wait<Shape::kAhead - 1>", "cp_async_wait<Shape::kAhead + 1>",
         whole_vectors),
@@ -188,6 +193,9 @@ PLANTED = {
         SUMS, "there && p.out_rows ? p.out_rows[row] : row", "row", whole_vectors),
     "row not scattered, any sizes": (
         EPILOGUE, "p.out_rows ? p.out_rows[of_product]", "false ? 0", properties.test_grouped_gemm),
+    "16 bytes at once anywhere, any sizes": (
+        EPILOGUE, "(reinterpret_cast<uintptr_t>(p.out) + bytes) % 16 == 0", "true",
+        properties.test_grouped_gemm),
     "rows of others added": (
         COMBINE, "slot >> p.split_log2) < p.ids.experts ?",
         "slot >> p.split_log2) <= p.ids.experts ?",

@@ -37,7 +37,7 @@ static __device__ __noinline__ float finished(Activation kind, ActivationScalars
 template <typename Product>
 __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert, int64_t first_row,
                                             int rows, int64_t first_column, int columns,
-                                            bool aligned, const Product& product) {
+                                            const Product& product) {
   const int vectors = columns / kVector;
   const ActivationScalars scalars = scalars_of(p.activation, expert);
   const Activation kind = p.activation.kind;
@@ -62,8 +62,10 @@ __device__ __forceinline__ void finish_rows(const GroupedGemm& p, int64_t expert
       values[i] = plain ? gate : finished(kind, scalars, p.bias, at(false), at(true), gate, up);
       values[i] *= weight;
     }
-    store_vector(p.out, p.out_dtype, out_row * p.out_stride + first_column + j, count, aligned,
-                 values);
+    const int64_t at = out_row * p.out_stride + first_column + j;
+    const int64_t bytes = p.out_dtype == DType::kFloat32 ? 4 * at : 2 * at;
+    const bool aligned = (reinterpret_cast<uintptr_t>(p.out) + bytes) % 16 == 0;
+    store_vector(p.out, p.out_dtype, at, count, aligned, values);
   }
 }
 

@@ -47,13 +47,13 @@ __global__ void __launch_bounds__(kThreads) zero_other_rows_kernel(const Grouped
 constexpr int kEpilogueRows = 8;
 __global__ void __launch_bounds__(kThreads)
     grouped_gemm_epilogue_kernel(const GroupedGemm p, const float* product, int64_t first_row,
-                                 int64_t rows, int64_t expert, bool aligned) {
+                                 int64_t rows, int64_t expert) {
   const bool gated = is_gated(p.activation.kind);
   const int64_t width = gated ? 2 * p.n : p.n;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kEpilogueRows, left = rows - first;
   const int columns = static_cast<int>((p.n + kVector - 1) / kVector * kVector);
   finish_rows(p, expert, first_row + first,
-              left < kEpilogueRows ? static_cast<int>(left) : kEpilogueRows, 0, columns, aligned,
+              left < kEpilogueRows ? static_cast<int>(left) : kEpilogueRows, 0, columns,
               [&](int row, int column, bool up) {
                 if (column >= p.n) return 0.0f;
                 const int64_t at = gated ? branch_row(p, column, up) : column;
@@ -75,7 +75,7 @@ void zero_other_rows(const GroupedGemm& p, cudaStream_t stream) {
 void grouped_gemm_epilogue(const GroupedGemm& p, const float* product, int64_t first_row,
                            int64_t rows, int64_t expert, cudaStream_t stream) {
   launch(grouped_gemm_epilogue_kernel, ceil_div(rows, kEpilogueRows), kThreads, 0, stream, p,
-         product, first_row, rows, expert, rows_are_aligned(p.out, p.out_stride, p.out_dtype));
+         product, first_row, rows, expert);
 }
 
 }  // namespace simple_moe::cuda

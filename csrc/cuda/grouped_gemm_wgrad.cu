@@ -30,21 +30,10 @@ __device__ __forceinline__ int2 rows_of(const GroupedGemmWgrad& p, int64_t exper
   return {begin, count < 0 ? 0 : count};
 }
 
-// 128 columns of a or b from `first` on, of an expert's rows.
-template <typename T>
-__device__ __forceinline__ auto operand(const void* data, int64_t stride, int64_t width,
-                                        int64_t first, int begin, int rows, bool aligned) {
-  using Operand = LineMajor<T, WgradShape<T>::kCols, WgradShape<T>::kDepth>;
-  const int64_t line = first + Operand::first_line();
-  const T* const from = static_cast<const T*>(data) + begin * stride + line;
-  return Operand{from, stride, 1, width - line, rows, aligned};
-}
-
 // `out`: all that is needed of a product to be finished, p's experts below one another.
 template <typename T>
 __global__ void __launch_bounds__(kMmaThreads)
-    grouped_gemm_wgrad_kernel(const GroupedGemmWgrad p, const GroupedGemm out, bool a_aligned,
-                              bool b_aligned, bool out_aligned) {
+    grouped_gemm_wgrad_kernel(const GroupedGemmWgrad p, const GroupedGemm out) {
   using Shape = WgradShape<T>;
   unsigned char* const smem = ptx::dynamic_smem();
   const int64_t m_tiles = (p.m + Shape::kRows - 1) / Shape::kRows;
@@ -54,14 +43,21 @@ __global__ void __launch_bounds__(kMmaThreads)
     const int64_t m = number % (m_tiles * n_tiles) / n_tiles * Shape::kRows;
     const int64_t n = number % n_tiles * Shape::kCols;
     const auto [begin, rows] = rows_of(p, expert);
+    // Columns of a or b from `first` on: the expert's rows are what k is.
+    const auto operand = [&](const void* data, int64_t stride, int64_t width, int64_t first) {
+      const T* const row = static_cast<const T*>(data) + begin * stride;
+      return Operand<T, Shape::kCols, Shape::kDepth, false>(rows, stride, [&](int column) {
+        return first + column < width ? row + first + column : nullptr;
+      });
+    };
     MmaTile<Shape> product;
-    product.multiply(operand<T>(p.a, p.a_stride, p.m, m, begin, rows, a_aligned),
-                     operand<T>(p.b, p.b_stride, p.n, n, begin, rows, b_aligned), rows, smem);
+    product.multiply(operand(p.a, p.a_stride, p.m, m), operand(p.b, p.b_stride, p.n, n), rows,
+                     smem);
     product.stage(smem, [&](int first, const float* staged) {
       const int64_t left = p.m - m - first;
       finish_rows(out, 0, expert * p.m + m + first,
                   static_cast<int>(left < Shape::kStagedRows ? left : Shape::kStagedRows), n,
-                  Shape::kCols, out_aligned,
+                  Shape::kCols,
                   [&](int row, int column, bool) { return staged[row * Shape::kPitch + column]; });
     });
   }
@@ -80,8 +76,7 @@ void grouped_gemm_wgrad(const GroupedGemmWgrad& p, cudaStream_t stream) {
     const int64_t tiles = ceil_div(p.m, Shape::kRows) * ceil_div(p.n, Shape::kCols) * p.experts;
     const int64_t resident = 2 * device_info().sm_count;
     launch(grouped_gemm_wgrad_kernel<T>, tiles < resident ? tiles : resident, kMmaThreads,
-           Shape::kBytes, stream, p, out, rows_are_aligned(p.a, p.a_stride, p.dtype),
-           rows_are_aligned(p.b, p.b_stride, p.dtype), rows_are_aligned(p.out, p.n, p.out_dtype));
+           Shape::kBytes, stream, p, out);
   });
 }
 

@@ -18,110 +18,82 @@ namespace simple_moe {
 
 constexpr int kMmaThreads = 128;
 
-template <typename T>
-constexpr int kPer16 = 16 / sizeof(T);  // elements of a vector
-
-// A vector from `from` on, its elements `stride` apart, to shared memory: the first `count`, and
-// zeros. `aligned`: they are neighbours, and at a multiple of 16 bytes.
-template <typename T>
-__device__ __forceinline__ void copy_vector(unsigned char* to, const T* from, int64_t stride,
-                                            int64_t count, bool aligned) {
-  if (count <= 0 || (aligned && count >= kPer16<T>)) {
-    ptx::cp_async_16(ptx::smem_address(to), count > 0 ? from : nullptr, count > 0);
-  } else {
-    alignas(16) T values[kPer16<T>];
-#pragma unroll
-    for (int i = 0; i < kPer16<T>; ++i) values[i] = i < count ? from[i * stride] : T{0};
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
-  }
-}
-
-// An operand whose k is contiguous: kLines rows of a, or columns of b.
-template <typename T, int kLines, int kDepth>
-struct KMajor {
+// One operand of a tile: kLines lines, which are rows of a or columns of b, and kDepth of k a slot.
+// Vectors lie as memory does, along k or, where !kAlongK, across lines; so a slot's rows of vectors
+// are the lines or the k's.
+template <typename T, int kLines, int kDepth, bool kAlongK>
+class Operand {
+ public:
   static constexpr int kBytes = kLines * kDepth * sizeof(T);
-  static constexpr int kVectors = kDepth / kPer16<T>;  // of a line
-  static constexpr int kPerPass = kMmaThreads / kVectors;
-  static constexpr int kPasses = (kLines + kPerPass - 1) / kPerPass;
 
-  // This thread's lines; null where there is none.
-  const T* lines[kPasses];
-  int64_t k;
-  bool aligned;
-
-  __device__ static int vector() { return threadIdx.x % kVectors; }
-  __device__ static int line(int pass) { return threadIdx.x / kVectors + pass * kPerPass; }
-
-  __device__ static int place(int line, int vector) {
-    constexpr int kLinesOf128Bytes = 8 / kVectors;
-    return (line * kVectors + (vector ^ (line / kLinesOf128Bytes % kVectors))) * 16;
-  }
-
-  __device__ void copy(unsigned char* slot, int64_t first_k) const {
-    const int64_t at = first_k + vector() * kPer16<T>;
+  // line(i): where line i has its k = 0; null where there is none, nor one after it in its vector.
+  // The lines of a vector are equally far apart.
+  template <typename Line>
+  __device__ Operand(int64_t k, int64_t k_stride, const Line& line) : k_(k), k_stride_(k_stride) {
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      if (kLines % kPerPass != 0 && line(pass) >= kLines) continue;
-      copy_vector(slot + place(line(pass), vector()), lines[pass] + at, 1, lines[pass] ? k - at : 0,
-                  aligned);
-    }
+    for (int i = 0; i < kOwnLines; ++i) lines_[i] = line(kAlongK ? row(i) : across() + i);
   }
 
-  // A fragment of lines line ... line + 15 and k step `step` (16 each): of a, or two of b.
-  __device__ static void load(uint32_t (&fragment)[4], const unsigned char* slot, int line,
-                              int step, bool of_a) {
-    const int lane = threadIdx.x % 32;
-    const int down = of_a ? lane % 16 : lane / 16 * 8 + lane % 8;
-    const int across = of_a ? lane / 16 : lane / 8 % 2;
-    ptx::ldmatrix_x4(fragment, ptx::smem_address(slot + place(line + down, step * 2 + across)));
-  }
-  __device__ static T at(const unsigned char* slot, int line, int k) {
-    return reinterpret_cast<const T*>(slot + place(line, k / kPer16<T>))[k % kPer16<T>];
-  }
-};
-
-// An operand whose lines are contiguous: k is the slow axis.
-template <typename T, int kLines, int kDepth>
-struct LineMajor {
-  static constexpr int kBytes = kLines * kDepth * sizeof(T);
-  static constexpr int kVectors = kLines / kPer16<T>;  // of one k
-  static constexpr int kPerPass = kMmaThreads / kVectors;
-  static constexpr int kPasses = kDepth / kPerPass;
-
-  const T* data;  // of this thread's first line, at k = 0
-  int64_t k_stride;
-  int64_t line_stride;  // between this thread's lines; `aligned` means 1
-  int64_t count;        // of its vector's lines, how many there are, or more
-  int64_t k;
-  bool aligned;
-
-  __device__ static int first_line() { return threadIdx.x % kVectors * kPer16<T>; }
-
-  __device__ static int place(int depth, int vector) {
-    return (depth * kVectors + (vector ^ (depth % 8))) * 16;
-  }
-
+  // A vector goes with cp.async if it can, whatever the strides, else element by element; zeros
+  // stand past the last k and where there is no line.
   __device__ void copy(unsigned char* slot, int64_t first_k) const {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int depth = threadIdx.x / kVectors + pass * kPerPass;
-      const int64_t at = first_k + depth;
-      copy_vector(slot + place(depth, threadIdx.x % kVectors), data + at * k_stride, line_stride,
-                  at < k ? count : 0, aligned);
+      const T* from[kPer16];
+#pragma unroll
+      for (int i = 0; i < kPer16; ++i) {
+        const T* const line = lines_[kAlongK ? pass : i];
+        const int64_t k = first_k + (kAlongK ? across() + i : row(pass));
+        from[i] = line && k < k_ ? line + k * k_stride_ : nullptr;
+      }
+      const bool neighbours = from[kPer16 - 1] == from[0] + (kPer16 - 1);
+      unsigned char* const to = slot + place(row(pass), across() / kPer16);
+      if (!from[0] || (neighbours && reinterpret_cast<uintptr_t>(from[0]) % 16 == 0)) {
+        ptx::cp_async_16(ptx::smem_address(to), from[0], from[0] != nullptr);
+      } else {
+        alignas(16) T values[kPer16];
+#pragma unroll
+        for (int i = 0; i < kPer16; ++i) values[i] = from[i] ? *from[i] : T{0};
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
+      }
     }
   }
 
-  __device__ static void load(uint32_t (&fragment)[4], const unsigned char* slot, int line,
-                              int step, bool of_a) {
-    const int lane = threadIdx.x % 32;
-    const int down = of_a ? lane / 16 * 8 + lane % 8 : lane % 16;
-    const int across = of_a ? lane / 8 % 2 : lane / 16;
-    ptx::ldmatrix_x4_trans(
-        fragment, ptx::smem_address(slot + place(step * 16 + down, line / kPer16<T> + across)));
+  // 16 lines from `line` on and 16 of k: a fragment of a, or two of b, one in registers 0 and 2.
+  __device__ static void load(uint32_t (&fragment)[4], const unsigned char* slot, int line, int k) {
+    const int lane = threadIdx.x % 32, row = lane % 8;  // of matrix lane / 8
+    line += lane / 8 % 2 * 8 + (kAlongK ? row : 0);
+    k += lane / 16 * 8 + (kAlongK ? 0 : row);
+    const uint32_t from = ptx::smem_address(at(slot, line, k));
+    kAlongK ? ptx::ldmatrix_x4(fragment, from) : ptx::ldmatrix_x4_trans(fragment, from);
   }
-  __device__ static T at(const unsigned char* slot, int line, int k) {
-    return reinterpret_cast<const T*>(slot + place(k, line / kPer16<T>))[line % kPer16<T>];
+
+  __device__ static const T* at(const unsigned char* slot, int line, int k) {
+    const int across = kAlongK ? k : line;
+    const unsigned char* const vector = slot + place(kAlongK ? line : k, across / kPer16);
+    return reinterpret_cast<const T*>(vector) + across % kPer16;
   }
+
+ private:
+  static constexpr int kPer16 = 16 / sizeof(T);  // elements of a vector
+  static constexpr int kRows = kAlongK ? kLines : kDepth;
+  static constexpr int kVectors = kLines * kDepth / kRows / kPer16;  // of a row
+  static constexpr int kPerPass = kMmaThreads / kVectors, kPasses = kRows / kPerPass;
+  static constexpr int kOwnLines = kAlongK ? kPasses : kPer16;
+  static_assert(kRows % kPerPass == 0, "each thread takes a vector in each pass");
+
+  // A thread takes the same vector of every kPerPass-th row.
+  __device__ static int row(int pass) { return threadIdx.x / kVectors + pass * kPerPass; }
+  __device__ static int across() { return threadIdx.x % kVectors * kPer16; }
+
+  // One vector of 8 neighbouring rows: in 8 places modulo 128 bytes, in all banks.
+  __device__ static int place(int row, int vector) {
+    const int number = row * kVectors + vector;
+    return (number ^ number / (kVectors < 8 ? 8 : kVectors) % 8) * 16;
+  }
+
+  const T* lines_[kOwnLines];  // one a pass, or those of its vectors
+  int64_t k_, k_stride_;
 };
 
 // How a tile is shared out: kRows x kCols of output, warps in a grid of kWarpRows x kWarpCols.
@@ -171,9 +143,7 @@ class MmaTile {
         for (int k = 0; k < Shape::kDepth; ++k) multiply_one<A, B>(slot, slot + A::kBytes, k);
       } else {
 #pragma unroll
-        for (int k16 = 0; k16 < Shape::kDepth / 16; ++k16) {
-          multiply_16<A, B>(slot, slot + A::kBytes, k16);
-        }
+        for (int k = 0; k < Shape::kDepth; k += 16) multiply_16<A, B>(slot, slot + A::kBytes, k);
       }
     }
     ptx::cp_async_wait<0>();
@@ -210,17 +180,17 @@ class MmaTile {
 
   // 16 of k, on tensor cores.
   template <typename A, typename B>
-  __device__ void multiply_16(const unsigned char* a_slot, const unsigned char* b_slot, int k16) {
+  __device__ void multiply_16(const unsigned char* a_slot, const unsigned char* b_slot, int k) {
     uint32_t a[kI][4], b[kJ / 2][4];
 #pragma unroll
-    for (int i = 0; i < kI; ++i) A::load(a[i], a_slot, row_ + i * 16, k16, true);
+    for (int i = 0; i < kI; ++i) A::load(a[i], a_slot, row_ + i * 16, k);
 #pragma unroll
-    for (int j = 0; j < kJ / 2; ++j) B::load(b[j], b_slot, col_ + j * 16, k16, false);
+    for (int j = 0; j < kJ / 2; ++j) B::load(b[j], b_slot, col_ + j * 16, k);
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
 #pragma unroll
       for (int j = 0; j < kJ; ++j) {
-        ptx::mma_m16n8k16<T>(acc_[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        ptx::mma_m16n8k16<T>(acc_[i][j], a[i], b[j / 2][j % 2], b[j / 2][j % 2 + 2]);
       }
     }
   }
@@ -231,9 +201,9 @@ class MmaTile {
     const int row = row_ + threadIdx.x % 32 / 4, col = col_ + threadIdx.x % 4 * 2;
     float a[2 * kI], b[2 * kJ];
 #pragma unroll
-    for (int i = 0; i < 2 * kI; ++i) a[i] = A::at(a_slot, row + i * 8, k);
+    for (int i = 0; i < 2 * kI; ++i) a[i] = *A::at(a_slot, row + i * 8, k);
 #pragma unroll
-    for (int j = 0; j < 2 * kJ; ++j) b[j] = B::at(b_slot, col + j / 2 * 8 + j % 2, k);
+    for (int j = 0; j < 2 * kJ; ++j) b[j] = *B::at(b_slot, col + j / 2 * 8 + j % 2, k);
 #pragma unroll
     for (int i = 0; i < 4 * kI * kJ; ++i) {
       float& sum = acc_[i / 4 / kJ][i / 4 % kJ][i % 4];
