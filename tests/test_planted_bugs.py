@@ -86,6 +86,12 @@ PLANTED = {
     "product before the others' copies": (
         MMA, "__syncthreads();  // This slot has landed", "// This slot has landed",
         properties.test_grouped_gemm),
+    "slot filled over a result that is read": (
+        MMA, "__syncthreads();  // The last result is read.", "", properties.test_grouped_gemm),
+    "result written over a slot that is read": (
+        MMA, "__syncthreads();  // The ring is free.", "", properties.test_grouped_gemm),
+    "result read before all is there": (
+        MMA, "__syncthreads();  // The result is there.", "", properties.test_grouped_gemm),
     "elements that lie apart copied as neighbours": (
         MMA, "neighbours && reinterpret_cast", "reinterpret_cast", properties.test_grouped_gemm),
     "16 bytes copied from anywhere": (

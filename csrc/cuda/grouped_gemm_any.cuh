@@ -21,6 +21,7 @@ template <typename Shape, bool kAlongK>
 __global__ void __launch_bounds__(kMmaThreads, 2)
     grouped_gemm_any_kernel(const GroupedGemm p, const Divisor column_tiles) {
   using T = typename Shape::T;
+  using Tile = MmaTile<Shape, true, kAlongK>;
   ptx::follow_earlier_kernels();
   unsigned char* const smem = ptx::dynamic_smem();
   const bool gated = is_gated(p.activation.kind);
@@ -46,18 +47,13 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
     // It may be higher than the tile: it is taken in pieces.
     for (; item.row_begin < end; item.row_begin += Shape::kRows) {
       item.row_count = static_cast<int16_t>(min(end - item.row_begin, Shape::kRows));
-      const Operand<T, Shape::kRows, Shape::kDepth, true> a(p.k, 1, row_of_a);
-      const Operand<T, Shape::kCols, Shape::kDepth, kAlongK> b(p.k, kAlongK ? 1 : p.b_col_stride,
-                                                               column_of_b);
-      MmaTile<Shape> product;
-      product.multiply(a, b, p.k, smem);
-      product.stage(smem, [&](int first, const float* staged) {
-        finish_rows(p, item.expert, item.row_begin + first,
-                    min(item.row_count - first, Shape::kStagedRows), first_column, width,
-                    [&](int row, int column, bool up) {
-                      return staged[row * Shape::kPitch + (up ? width : 0) + column];
-                    });
-      });
+      const typename Tile::A a(p.k, 1, row_of_a);
+      const typename Tile::B b(p.k, kAlongK ? 1 : p.b_col_stride, column_of_b);
+      const float* const product = Tile().multiply(a, b, p.k, smem);
+      finish_rows(p, item.expert, item.row_begin, item.row_count, first_column, width,
+                  [&](int row, int column, bool up) {
+                    return product[row * Shape::kPitch + (up ? width : 0) + column];
+                  });
     }
   }
 }

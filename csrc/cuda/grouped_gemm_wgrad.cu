@@ -35,6 +35,7 @@ template <typename T>
 __global__ void __launch_bounds__(kMmaThreads)
     grouped_gemm_wgrad_kernel(const GroupedGemmWgrad p, const GroupedGemm out) {
   using Shape = WgradShape<T>;
+  using Tile = MmaTile<Shape, false, false>;
   unsigned char* const smem = ptx::dynamic_smem();
   const int64_t m_tiles = (p.m + Shape::kRows - 1) / Shape::kRows;
   const int64_t n_tiles = (p.n + Shape::kCols - 1) / Shape::kCols;
@@ -46,20 +47,15 @@ __global__ void __launch_bounds__(kMmaThreads)
     // Columns of a or b from `first` on: the expert's rows are what k is.
     const auto operand = [&](const void* data, int64_t stride, int64_t width, int64_t first) {
       const T* const row = static_cast<const T*>(data) + begin * stride;
-      return Operand<T, Shape::kCols, Shape::kDepth, false>(rows, stride, [&](int column) {
+      return typename Tile::A(rows, stride, [&](int column) {
         return first + column < width ? row + first + column : nullptr;
       });
     };
-    MmaTile<Shape> product;
-    product.multiply(operand(p.a, p.a_stride, p.m, m), operand(p.b, p.b_stride, p.n, n), rows,
-                     smem);
-    product.stage(smem, [&](int first, const float* staged) {
-      const int64_t left = p.m - m - first;
-      finish_rows(out, 0, expert * p.m + m + first,
-                  static_cast<int>(left < Shape::kStagedRows ? left : Shape::kStagedRows), n,
-                  Shape::kCols,
-                  [&](int row, int column, bool) { return staged[row * Shape::kPitch + column]; });
-    });
+    const float* const product = Tile().multiply(operand(p.a, p.a_stride, p.m, m),
+                                                 operand(p.b, p.b_stride, p.n, n), rows, smem);
+    finish_rows(out, 0, expert * p.m + m, static_cast<int>(min(p.m - m, int64_t{Shape::kRows})), n,
+                Shape::kCols,
+                [&](int row, int column, bool) { return product[row * Shape::kPitch + column]; });
   }
 }
 

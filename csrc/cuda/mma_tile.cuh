@@ -104,23 +104,24 @@ struct TileShape {
   static constexpr int kDepth = kLineBytes / sizeof(T);
   static constexpr int kWarpCols = kMmaThreads / 32 / kWarpRows;
   static constexpr int kRowsOfWarp = kRows / kWarpRows, kColsOfWarp = kCols / kWarpCols;
-  static constexpr int kPitch = kCols + 8;  // floats between rows of the staged result
-  // The result is staged so many rows at a time.
-  static constexpr int kStagedRows = kRows < 64 ? kRows : 64;
+  static constexpr int kPitch = kCols + 8;  // floats between rows of the result
   static constexpr int kRingBytes = kStages * (kRows + kCols) * kLineBytes;
-  static constexpr int kStagedBytes = kStagedRows * kPitch * 4;
+  static constexpr int kStagedBytes = kRows * kPitch * 4;
   static constexpr int kBytes = kRingBytes > kStagedBytes ? kRingBytes : kStagedBytes;
   static_assert(kRowsOfWarp % 16 == 0 && kColsOfWarp % 16 == 0, "fragments are 16 x 16");
 };
 
-template <typename Shape>
+template <typename Shape, bool kAAlongK, bool kBAlongK>
 class MmaTile {
   using T = typename Shape::T;
 
  public:
-  // `smem`: Shape::kBytes, in nobody's use.
-  template <typename A, typename B>
-  __device__ void multiply(const A& a, const B& b, int64_t k, unsigned char* smem) {
+  using A = Operand<T, Shape::kRows, Shape::kDepth, kAAlongK>;
+  using B = Operand<T, Shape::kCols, Shape::kDepth, kBAlongK>;
+
+  // The result, in `smem` of Shape::kBytes, until the next: row * Shape::kPitch + column. Nobody
+  // need wait for those who read the last one.
+  __device__ const float* multiply(const A& a, const B& b, int64_t k, unsigned char* smem) {
     constexpr int kSlotBytes = A::kBytes + B::kBytes;
     static_assert(Shape::kStages * kSlotBytes == Shape::kRingBytes);
     const int steps = static_cast<int>((k + Shape::kDepth - 1) / Shape::kDepth);
@@ -132,6 +133,7 @@ class MmaTile {
       }
       ptx::cp_async_commit();  // Empty groups keep the count.
     };
+    __syncthreads();  // The last result is read.
     for (int step = 0; step < Shape::kStages - 1; ++step) copy(step);
     for (int step = 0; step < steps; ++step) {
       ptx::cp_async_wait<Shape::kStages - 2>();
@@ -140,46 +142,30 @@ class MmaTile {
       const unsigned char* const slot = smem + step % Shape::kStages * kSlotBytes;
       if constexpr (std::is_same_v<T, float>) {
 #pragma unroll 4
-        for (int k = 0; k < Shape::kDepth; ++k) multiply_one<A, B>(slot, slot + A::kBytes, k);
+        for (int k = 0; k < Shape::kDepth; ++k) multiply_one(slot, slot + A::kBytes, k);
       } else {
 #pragma unroll
-        for (int k = 0; k < Shape::kDepth; k += 16) multiply_16<A, B>(slot, slot + A::kBytes, k);
+        for (int k = 0; k < Shape::kDepth; k += 16) multiply_16(slot, slot + A::kBytes, k);
       }
     }
-    ptx::cp_async_wait<0>();
     __syncthreads();  // The ring is free.
-  }
-
-  // Hands the result over in shared memory, Shape::kStagedRows rows at a time:
-  // finish(first row, staged[row * kPitch + column]) is called by all threads, and must not rely
-  // on a barrier of its own.
-  template <typename Finish>
-  __device__ void stage(unsigned char* smem, const Finish& finish) const {
-    float* const staged = reinterpret_cast<float*>(smem);
-    const int lane = threadIdx.x % 32;
-#pragma unroll 1
-    for (int first = 0; first < Shape::kRows; first += Shape::kStagedRows) {
-      const int row = row_ - first;
-      if (0 <= row && row < Shape::kStagedRows) {
-        float* const to = staged + (row + lane / 4) * Shape::kPitch + col_ + lane % 4 * 2;
+    float* const result = reinterpret_cast<float*>(smem);
+    const int lane = threadIdx.x % 32, row = row_ + lane / 4, col = col_ + lane % 4 * 2;
 #pragma unroll
-        for (int n = 0; n < 2 * kI * kJ; ++n) {  // 8 rows and columns each
-          const int i = n / kJ, j = n % kJ;
-          const float* const from = acc_[i / 2][j] + i % 2 * 2;
-          *reinterpret_cast<float2*>(to + i * 8 * Shape::kPitch + j * 8) = {from[0], from[1]};
-        }
-      }
-      __syncthreads();
-      finish(first, staged);
-      __syncthreads();
+    for (int n = 0; n < 2 * kI * kJ; ++n) {  // 8 rows and columns each
+      const int i = n / kJ, j = n % kJ;
+      const float* const from = acc_[i / 2][j] + i % 2 * 2;
+      float* const to = result + (row + i * 8) * Shape::kPitch + col + j * 8;
+      *reinterpret_cast<float2*>(to) = {from[0], from[1]};
     }
+    __syncthreads();  // The result is there.
+    return result;
   }
 
  private:
   static constexpr int kI = Shape::kRowsOfWarp / 16, kJ = Shape::kColsOfWarp / 8;
 
   // 16 of k, on tensor cores.
-  template <typename A, typename B>
   __device__ void multiply_16(const unsigned char* a_slot, const unsigned char* b_slot, int k) {
     uint32_t a[kI][4], b[kJ / 2][4];
 #pragma unroll
@@ -196,7 +182,6 @@ class MmaTile {
   }
 
   // One k, on the plain cores: a thread has the outputs that tensor cores would give it.
-  template <typename A, typename B>
   __device__ void multiply_one(const unsigned char* a_slot, const unsigned char* b_slot, int k) {
     const int row = row_ + threadIdx.x % 32 / 4, col = col_ + threadIdx.x % 4 * 2;
     float a[2 * kI], b[2 * kJ];
