@@ -11,7 +11,7 @@ TOYS, ROUTE, SORT, COMBINE = (
     "csrc/cuda/combine.cu",
 )  # fmt: skip
 MMA = "csrc/cuda/mma_tile.cuh"
-GEMM, ANY = "csrc/cuda/grouped_gemm.cuh", "csrc/cuda/grouped_gemm_any.cuh"
+GEMM, ANY = "csrc/cuda/grouped_gemm.cuh", "csrc/cuda/grouped_gemm_any.cu"
 SHAPE, COPIER, WARP, SUMS, WGMMA = (
     f"csrc/cuda/{x}.cuh"
     for x in ("gemm_shape", "copier", "warp_tile", "accumulators", "wgmma_tile")
@@ -21,9 +21,7 @@ SHAPES, GEMV, BESIDE = (
     "csrc/cuda/shapes.h", "csrc/cuda/grouped_gemv.cu", "csrc/cuda/grouped_gemm.cu",
 )  # fmt: skip
 ITEMS, EPILOGUE = "csrc/cuda/items.cuh", "csrc/cuda/epilogue.cuh"
-MMA_F16, WGMMA_F16, ANY_F32 = (
-    f"csrc/cuda/grouped_gemm_{x}.cu" for x in ("f16", "sm90_f16", "any_f32")
-)
+MMA_F16, WGMMA_F16 = (f"csrc/cuda/grouped_gemm_{x}.cu" for x in ("f16", "sm90_f16"))
 
 
 def toy_gemms(emulator):
@@ -259,7 +257,7 @@ def sources_of(bug):
         return [TOYS, BESIDE]
     if test is properties.test_sort_by_expert_many_chunks:
         return [SORT]
-    return [ANY_F32] if test is properties.test_grouped_gemm else [MMA_F16]
+    return [ANY] if test is properties.test_grouped_gemm else [MMA_F16]
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,11 @@ struct bf16;
 
 namespace cuda {
 
-// Each for each dtype in a file of its own: they take the compiler's time.
+// The templates are compiled for each dtype in a file of its own: they take the compiler's time.
 template <typename T>
 void launch_sm80(const GroupedGemm& p, cudaStream_t stream);
 template <typename T>
 void launch_sm90(const GroupedGemm& p, cudaStream_t stream);
-template <typename T>
 void launch_any(const GroupedGemm& p, cudaStream_t stream);
 
 // Whether both operands are of 16 bits and come in whole vectors, as grouped_gemm.cuh and
@@ -45,11 +44,7 @@ void grouped_gemm(const GroupedGemm& p, cudaStream_t stream) {
   if (is_whole_vectors(p)) {
     return p.dtype == DType::kFloat16 ? launch_sm80<f16>(p, stream) : launch_sm80<bf16>(p, stream);
   }
-  if (p.dtype == DType::kFloat32) {
-    launch_any<float>(p, stream);
-  } else {
-    p.dtype == DType::kFloat16 ? launch_any<f16>(p, stream) : launch_any<bf16>(p, stream);
-  }
+  launch_any(p, stream);
   // These kernels don't count their columns: all are there when they have ended.
   if (p.row_tiles.progress && !p.is_second) {
     cuda_check(cudaMemsetAsync(p.row_tiles.progress, 0x7F, sizeof(int32_t) * p.rows, stream),

@@ -105,9 +105,9 @@ struct TileShape {
   static constexpr int kWarpCols = kMmaThreads / 32 / kWarpRows;
   static constexpr int kRowsOfWarp = kRows / kWarpRows, kColsOfWarp = kCols / kWarpCols;
   static constexpr int kPitch = kCols + 8;  // floats between rows of the result
-  static constexpr int kRingBytes = kStages * (kRows + kCols) * kLineBytes;
-  static constexpr int kStagedBytes = kRows * kPitch * 4;
-  static constexpr int kBytes = kRingBytes > kStagedBytes ? kRingBytes : kStagedBytes;
+  static constexpr int kSlotBytes = (kRows + kCols) * kLineBytes;
+  static constexpr int kRingBytes = kStages * kSlotBytes, kResultBytes = kRows * kPitch * 4;
+  static constexpr int kBytes = kRingBytes > kResultBytes ? kRingBytes : kResultBytes;
   static_assert(kRowsOfWarp % 16 == 0 && kColsOfWarp % 16 == 0, "fragments are 16 x 16");
 };
 
@@ -122,12 +122,10 @@ class MmaTile {
   // The result, in `smem` of Shape::kBytes, until the next: row * Shape::kPitch + column. Nobody
   // need wait for those who read the last one.
   __device__ const float* multiply(const A& a, const B& b, int64_t k, unsigned char* smem) {
-    constexpr int kSlotBytes = A::kBytes + B::kBytes;
-    static_assert(Shape::kStages * kSlotBytes == Shape::kRingBytes);
     const int steps = static_cast<int>((k + Shape::kDepth - 1) / Shape::kDepth);
     const auto copy = [&](int step) {
       if (step < steps) {
-        unsigned char* const slot = smem + step % Shape::kStages * kSlotBytes;
+        unsigned char* const slot = smem + step % Shape::kStages * Shape::kSlotBytes;
         a.copy(slot, static_cast<int64_t>(step) * Shape::kDepth);
         b.copy(slot + A::kBytes, static_cast<int64_t>(step) * Shape::kDepth);
       }
@@ -139,7 +137,7 @@ class MmaTile {
       ptx::cp_async_wait<Shape::kStages - 2>();
       __syncthreads();  // This slot has landed for all; all are done with the one before it.
       copy(step + Shape::kStages - 1);
-      const unsigned char* const slot = smem + step % Shape::kStages * kSlotBytes;
+      const unsigned char* const slot = smem + step % Shape::kStages * Shape::kSlotBytes;
       if constexpr (std::is_same_v<T, float>) {
 #pragma unroll 4
         for (int k = 0; k < Shape::kDepth; ++k) multiply_one(slot, slot + A::kBytes, k);

@@ -5,7 +5,7 @@
 // the accumulators pass through shared memory, so that the epilogue is a small rolled loop and the
 // rows are written 16 bytes a thread. Where the activation is gated, a tile's columns are half
 // gates and half ups of the same output columns: the first product never reaches memory.
-#pragma once
+#include <algorithm>
 
 #include "device.h"
 #include "epilogue.cuh"
@@ -15,6 +15,7 @@
 #include "shapes.h"
 
 namespace simple_moe::cuda {
+namespace {
 
 // `kAlongK`: b's rows are contiguous along k, not along n (a transposed view).
 template <typename Shape, bool kAlongK>
@@ -59,29 +60,32 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
 }
 
 template <typename Shape>
-void launch_any_shape(const GroupedGemm& p, cudaStream_t stream) {
+void launch_shape(const GroupedGemm& p, cudaStream_t stream) {
   const DeviceInfo& device = device_info();
-  const int64_t blocks_per_sm = static_cast<int64_t>(device.smem_per_sm / (Shape::kBytes + 1024));
-  const int64_t resident = device.sm_count * (blocks_per_sm < 1 ? 1 : blocks_per_sm);
+  const int64_t fit = static_cast<int64_t>(device.smem_per_sm / (Shape::kBytes + 1024));
+  const int64_t resident = device.sm_count * std::max<int64_t>(fit, 1);
   const int64_t columns = column_tiles(p, Shape::kCols);
   const int64_t items = p.row_tiles.most * columns;
   launch<Start::kEarly>(p.b_col_stride == 1 ? grouped_gemm_any_kernel<Shape, true>
                                             : grouped_gemm_any_kernel<Shape, false>,
-                        items < resident ? items : resident, kMmaThreads, Shape::kBytes, stream, p,
+                        std::min(items, resident), kMmaThreads, Shape::kBytes, stream, p,
                         Divisor(columns));
 }
 
-template <typename T>
+}  // namespace
+
 void launch_any(const GroupedGemm& p, cudaStream_t stream) {
-  // rows, columns, bytes of a line and stages of a tile; rows of warps
-  using SomeRows = TileShape<T, 64, 128, 64, 4, 2>;
   const int height = p.row_tiles.height;
-  if (std::is_same_v<T, float> || (16 < height && height <= 64)) {
-    launch_any_shape<SomeRows>(p, stream);
-  } else if constexpr (!std::is_same_v<T, float>) {
-    height <= 16 ? launch_any_shape<TileShape<T, 16, 128, 128, 4, 1>>(p, stream)
-                 : launch_any_shape<TileShape<T, 128, 128, 64, 4, 2>>(p, stream);
-  }
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    // rows, columns, bytes of a line and stages of a tile; rows of warps
+    if (std::is_same_v<T, float> || (16 < height && height <= 64)) {
+      launch_shape<TileShape<T, 64, 128, 64, 4, 2>>(p, stream);
+    } else if constexpr (!std::is_same_v<T, float>) {
+      height <= 16 ? launch_shape<TileShape<T, 16, 128, 128, 4, 1>>(p, stream)
+                   : launch_shape<TileShape<T, 128, 128, 64, 4, 2>>(p, stream);
+    }
+  });
 }
 
 }  // namespace simple_moe::cuda

@@ -1,4 +1,0 @@
-#include "grouped_gemm_any.cuh"
-
-template void simple_moe::cuda::launch_any<simple_moe::bf16>(const simple_moe::GroupedGemm& p,
-                                                             cudaStream_t stream);
