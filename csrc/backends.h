@@ -16,8 +16,8 @@ struct Backend {
   // batch_invariant=True ask for it.
   bool keeps_all_promises;
   // Whether few rows may go by grouped_gemv in its place, or with a second product's k split: in an
-  // order that is fixed, but not the one of more rows.
-  bool adds_few_rows_in_another_order = false;
+  // order that is fixed, but, unless batch_invariant=True, not the one of more rows.
+  bool takes_few_rows_otherwise = false;
   bool wgmma = false;  // Whether its row tiles are to suit wgmma.
 };
 

@@ -10,6 +10,8 @@
 //   x  --grouped_gemv: x[token] @ w1[e].T + b1[e], activation--> h1 [T*K, I], in the slots' order
 //   h1 --grouped_gemv: (h1 @ w2[e].T + b2[e]) * topk_weights, added up--> out [T, H]
 //
+// With batch_invariant=True they add in the four's order.
+//
 // A long input goes in chunks of tokens, so that the workspace stays bounded. What the sort makes
 // for the products is done with before `out` is written, and lies there meanwhile, unless `out` is
 // too small or overlaps an input. It may: all have been read by the time it is written, but for the
@@ -72,6 +74,7 @@ struct Inputs {
     first.gate_layout = layer.gate_layout;
     first.ids = {ids.const_data_ptr(), layer.ids_are_int64, layer.experts, a.expert_offset};
     first.topk = static_cast<int>(layer.topk);
+    first.in_order = a.batch_invariant;
 
     second = first;
     second.a = nullptr;
@@ -265,11 +268,11 @@ void run(const Arguments& a, const Layer& layer, const Place& place, const Backe
   constexpr int64_t kMost = int64_t{3} << 30;
   const bool apart = !overlaps_another(a, out);
   const Inputs in(a, layer, out);
-  // grouped_gemv adds in an order of its own, and so does a product whose k is split.
-  const bool another_order = !a.batch_invariant && backend.adds_few_rows_in_another_order;
-  const bool sorted =
-      !another_order || !place.grouped_gemv_suits(in.first) || !place.grouped_gemv_suits(in.second);
-  const bool may_split = another_order && place.reads_whole_vectors(in.second);
+  const bool sorted = !backend.takes_few_rows_otherwise || !place.grouped_gemv_suits(in.first) ||
+                      !place.grouped_gemv_suits(in.second);
+  // A product whose k is split adds in an order of its own.
+  const bool may_split = !a.batch_invariant && backend.takes_few_rows_otherwise &&
+                         place.reads_whole_vectors(in.second);
   Workspace workspace(place, backend, layer, layer.tokens, sorted, may_split);
   const int64_t chunks =
       apart ? (workspace.rows.bytes() + workspace.routing.bytes() + kMost - 1) / kMost : 1;

@@ -185,6 +185,7 @@ struct GroupedGemm {
   // second's `out`.
   TopkIds ids = {};
   int topk = 1;
+  bool in_order = false;  // grouped_gemv is to add in the order of grouped_gemm and combine.
 };
 
 // out[e] = a[rows of e].T @ b[rows of e]: the gradient of grouped_gemm's b.

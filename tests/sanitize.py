@@ -57,6 +57,10 @@ def main(names: list[str]) -> None:
                 out = moe_ops.fused_moe(**arguments, backend=backend)
                 assert_accurate(out, expected, TOLERANCE[dtype])
                 checked += 1
+            if tokens == 1:
+                out = moe_ops.fused_moe(**arguments, batch_invariant=True)
+                assert_accurate(out, expected, TOLERANCE[dtype])
+                checked += 1
         arguments = MoeCase(tokens=40, dtype=dtype, bias="float32").arguments("cuda")
         leaves = require_gradients(arguments, ["x", "w1", "w2", "b1", "b2", "topk_weights"])
         torch.autograd.grad(moe_ops.fused_moe(**arguments).float().sum(), leaves)

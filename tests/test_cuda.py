@@ -194,6 +194,40 @@ def test_batch_invariant(cuda):
         assert_same_bits(moe_ops.fused_moe(**part, batch_invariant=True), whole[:count])
 
 
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    case=st.builds(
+        MoeCase,
+        tokens=st.just(70),
+        topk=st.sampled_from([1, 2, 3, 8, 10, 16, 17]),
+        experts=st.sampled_from([20, 80, 200]),
+        hidden=st.sampled_from([72, 264, 1000, 2048]),
+        intermediate=st.sampled_from([72, 136, 768, 1040]),
+        dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+        routing=st.sampled_from(["uniform", "skewed", "masked", "duplicated"]),
+        activation=st.sampled_from(list(reference.ACTIVATIONS)),
+        gate_layout=st.sampled_from(reference.GATE_LAYOUTS),
+        bias=st.sampled_from([None, "float32", "as x"]),
+        parameters=st.sampled_from([None, "number", "tensor"]),
+        ids_dtype=st.sampled_from([torch.int32, torch.int64]),
+        weights_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+        output_dtype=st.sampled_from([None, torch.float32]),
+        expert_offset=st.sampled_from([0, 3]),
+        seed=st.integers(0, 1 << 30),
+    )
+)
+@example(MoeCase(tokens=70, topk=10, experts=200, hidden=2048, intermediate=512,
+                 dtype=torch.bfloat16))  # fmt: skip
+def test_batch_invariant_by_slots(cuda, case):
+    """Few tokens' slots by themselves, many by the tiles: the same bits."""
+    arguments = case.arguments(cuda)
+    whole = moe_ops.fused_moe(**arguments, batch_invariant=True)
+    for tokens in (1, 2, 5):
+        part = {k: arguments[k][-tokens:] for k in ("x", "topk_weights", "topk_ids")}
+        out = moe_ops.fused_moe(**arguments | part, batch_invariant=True)
+        assert_same_bits(out, whole[-tokens:])
+
+
 @pytest.fixture(scope="module")
 def sm90():
     if not torch.cuda.is_available() or not has("cuda", "sm90"):

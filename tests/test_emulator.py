@@ -545,7 +545,7 @@ def gemvs(draw):
         dtype=draw(st.sampled_from([torch.float16, torch.bfloat16])),
         out_dtype=draw(st.none() | FLOATS),
         tokens=draw(st.sampled_from([1, 1, 2, 3])),
-        topk=draw(st.sampled_from([1, 2, 3, 10])),
+        topk=draw(st.sampled_from([1, 2, 3, 10, 16])),
         experts=draw(st.sampled_from([1, 3, 8])),
         expert_offset=draw(st.sampled_from([0, 3])),
         ids_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
@@ -555,6 +555,7 @@ def gemvs(draw):
         bias=draw(st.none() | FLOATS),
         padding=8 * draw(st.sampled_from([0, 0, 1])),
         out_padding=draw(st.sampled_from([0, 3])),
+        in_order=draw(st.booleans()),
     )
 
 
@@ -574,14 +575,14 @@ def gemv_inputs(case, random, branches=1):
             if bias is not None:
                 bias[e] = torch.nan
     arguments = dict(bias=bias, out_dtype=case["out_dtype"], out_padding=case["out_padding"],
-                     expert_offset=case["expert_offset"])  # fmt: skip
+                     expert_offset=case["expert_offset"], in_order=case["in_order"])  # fmt: skip
     return b, ids + case["expert_offset"], local, held, arguments
 
 
 @examples(60)
 @given(gemvs(), SEEDS, MACHINES)
 def test_grouped_gemv(emulator, case, seed, machine):
-    """Of a token's slots: each by itself, and added up."""
+    """Of a token's slots: each by itself, and added up, rounded before if it is in order."""
     random, (tokens, topk) = Random(seed), (case["tokens"], case["topk"])
     b, ids, local, held, arguments = gemv_inputs(case, random)
     x = random.integers(tokens, case["k"] + case["padding"], dtype=case["dtype"])[:, : case["k"]]
@@ -594,11 +595,13 @@ def test_grouped_gemv(emulator, case, seed, machine):
     assert torch.equal(out[held_rows], expected[held_rows])
 
     rows = x[:, None].expand(tokens, topk, -1).reshape(tokens * topk, -1).clone()
-    weights = random.integers(tokens, topk, dtype=torch.float32) * 0.25
+    weights = random.integers(tokens, topk, dtype=torch.float32) * (33 / 128)
     rows[~held_rows], weights[~held] = torch.nan, torch.nan
     out = twice(emulator.grouped_gemv, rows, b, ids, row_weights=weights, is_second=True,
                 **arguments, **machine)  # fmt: skip
     weighted = (weights.double().flatten()[:, None] * product).view(tokens, topk, -1)
+    if case["in_order"]:
+        weighted = weighted.to(x.dtype).double()
     assert torch.equal(out, weighted.where(held[..., None], 0.0).sum(1).to(out.dtype))
 
 
@@ -621,7 +624,7 @@ def test_grouped_gemv_activation(
     order = local.flatten().argsort(stable=True)
     offsets = torch.bincount(local.flatten(), minlength=case["experts"]).cumsum(0)
     offsets = torch.cat([offsets.new_zeros(1), offsets]).int()
-    for name in ("expert_offset", "out_dtype", "out_padding"):
+    for name in ("expert_offset", "out_dtype", "out_padding", "in_order"):
         del arguments[name]
     tokens = torch.arange(slots) // case["topk"]
     b = b.nan_to_num()  # the experts of slots that aren't held

@@ -229,6 +229,24 @@ PLANTED = {
         GEMV, "0.0f : weight * x", "0.0f : x", properties.test_grouped_gemv),
     "bias of a slot of others": (
         GEMV, "expert < 0 ? 0.0f : weight * x", "weight * x", properties.test_grouped_gemv),
+    "turn before its copies": (
+        GEMV, "cp_async_wait<1>()", "cp_async_wait<2>()", properties.test_grouped_gemv),
+    "results not waited for": (
+        GEMV, "__syncthreads();  // the slots' results are there", "",
+        properties.test_grouped_gemv),
+    "slots added before they are rounded": (
+        GEMV, "ptx::to_float(ptx::from_float<T>(value[0]))", "value[0]",
+        properties.test_grouped_gemv),
+    "slots past the last looked up": (
+        GEMV, "slot < p.rows ? local_expert", "true ? local_expert", properties.test_grouped_gemv),
+    "row of a past its end": (
+        GEMV, "vector < vectors);\n    if (row) ptx", "true);\n    if (row) ptx",
+        properties.test_grouped_gemv),
+    "token of another slot, in order": (
+        GEMV, "slot : slot / p.topk", "slot : slot % p.topk", properties.test_grouped_gemv),
+    "bias of gates added to ups, in order": (
+        GEMV, "column + i, i == 1));", "column + i, false));",
+        properties.test_grouped_gemv_activation),
     "bias of gates added to ups, by itself": (
         GEMV, "row >= kColumns)", "false)",
         properties.test_grouped_gemv_activation),

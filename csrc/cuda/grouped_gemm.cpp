@@ -67,7 +67,7 @@ void grouped_gemm_sm90(const GroupedGemm& p, cudaStream_t stream) {
 #endif
 
 bool grouped_gemv_suits(const GroupedGemm& p) {
-  return p.n > 0 && p.topk <= 1024 && reads_whole_vectors(p) &&
+  return p.n > 0 && p.topk <= (p.in_order ? kMostSlotsInOrder : 1024) && reads_whole_vectors(p) &&
          p.rows * p.n < int64_t{1} << 33 &&  // blocks of four columns: fewer than 2^31
          slots_go_by_themselves(size_of(p), p.rows / p.topk);
 }

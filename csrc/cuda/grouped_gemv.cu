@@ -10,7 +10,8 @@
 // sums meet, in their warps and then in shared memory, where a thread a column finishes it. In
 // flight: 128 bytes a thread, 128 KB a multiprocessor.
 //
-// The order of a sum depends on the sizes alone, but it isn't grouped_gemm's.
+// The order of a sum depends on the sizes alone, but it isn't grouped_gemm's. Where it is to be,
+// grouped_gemv_in_order_kernel takes this one's place.
 #include "block_scan.cuh"
 #include "epilogue.cuh"
 #include "launch.h"
@@ -123,8 +124,146 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
   store_vector(p.out, p.out_dtype, out_row * p.out_stride + column, 1, false, values);
 }
 
+constexpr int kLines = 8;   // of weights, a warp: 8 columns', or 4 columns' gates and ups by turns
+constexpr int kTurn = 128;  // of k
+constexpr int kChunks = kTurn / kVector, kLineBytes = kTurn * 2;
+constexpr int kTurnBytes = (kLines + 1) * kLineBytes;
+
+// Of `turns` turns' copies the oldest have landed.
+__device__ __forceinline__ void wait_for_oldest(int turns) {
+  turns == 2   ? ptx::cp_async_wait<1>()
+  : turns == 3 ? ptx::cp_async_wait<2>()
+  : turns == 4 ? ptx::cp_async_wait<3>()
+               : ptx::cp_async_wait<5>();
+}
+
+// The same in the order of grouped_gemm and combine, for the bits of any number of tokens.
+//
+// Schedule: a warp takes 8 lines of weights of one slot. It copies them and the slot's row of `a`,
+// kTurn of k at a time, into a ring of its own with cp.async, and multiplies by mma.sync, whose 16
+// rows are all the slot's. A block takes a few groups of columns, a second product's with all of a
+// token's slots, whose results meet in shared memory and are added as by combine; no warp waits for
+// another but there. The rings take less than half of a multiprocessor's shared memory: so the next
+// block's weights are under way while this one ends, the second product's beside the first's. In
+// flight: up to 96 KB of them a block.
+template <typename T, bool kGated>
+__global__ void __launch_bounds__(32 * kMostSlotsInOrder, 2)
+    grouped_gemv_in_order_kernel(const GroupedGemm p, const Divisor groups, int turns) {
+  constexpr int kColumns = kGated ? kLines / 2 : kLines;
+  if (!p.is_second) ptx::follow_earlier_kernels();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int slots = p.is_second ? p.topk : 1, group = (blockIdx.x * warps + warp) / slots;
+  const int out_row = groups.divide(group), slot = out_row * slots + warp % slots;
+  const int first_column = (group - out_row * static_cast<int>(groups.value)) * kColumns;
+  const int64_t expert = slot < p.rows ? local_expert(p.ids, slot) : p.experts;
+  const bool held = expert < p.experts;
+  const int vectors = held ? static_cast<int>(p.k / kVector) : 0;
+  unsigned char* const smem = ptx::dynamic_smem();
+  const uint32_t ring = ptx::smem_address(smem) + warp * turns * kTurnBytes;
+
+  // What a lane copies of a turn: a chunk of every other line, and one of `a`.
+  const int chunk = lane % kChunks, odd = lane / kChunks;
+  const int64_t line = kGated ? branch_row(p, first_column, odd) : first_column + odd;
+  const bool alternate = !kGated || p.gate_layout == GateLayout::kInterleaved;
+  const uint32_t two_lines = static_cast<uint32_t>(p.b_row_stride * 2) << alternate;
+  const uint32_t place = odd * kLineBytes + (chunk ^ odd) * 16;
+  const T* const a = static_cast<const T*>(p.a) + (p.is_second ? slot : slot / p.topk) * p.a_stride;
+  const T* const b =
+      static_cast<const T*>(p.b) + expert * p.b_expert_stride + line * p.b_row_stride;
+  const auto copy = [&](int first, uint32_t to, bool weights, bool row) {
+    const int vector = first + chunk;
+    if (first < vectors && weights) {
+      for (int i = 0; i < kLines / 2; ++i) {
+        const auto* const from = reinterpret_cast<const char*>(b + vector * kVector);
+        ptx::cp_async_16(to + (place ^ i * 32) + i * 2 * kLineBytes,
+                         ptx::advance(from, i, two_lines), vector < vectors);
+      }
+    }
+    if (first < vectors && row && odd == 0)
+      ptx::cp_async_16(to + kLines * kLineBytes + chunk * 16, a + vector * kVector,
+                       vector < vectors);
+    if (row) ptx::cp_async_commit();  // Empty groups keep the count.
+  };
+#pragma unroll 1
+  for (int part = p.is_second ? 0 : 1; part < 2; ++part) {
+    if (p.is_second && part == 1) ptx::follow_earlier_kernels();
+#pragma unroll 1
+    for (int turn = 0; turn < turns; ++turn)
+      copy(turn * kChunks, ring + turn * kTurnBytes, part == 0 || !p.is_second, part == 1);
+  }
+  const int column = first_column + lane % 4 * (kGated ? 1 : 2);  // of sums[0]
+  uint32_t bias[2] = {}, weight = 0;
+  for (int i = 0; i < 2 && held && p.bias.data; ++i)
+    bias[i] = load_bits(p.bias, bias_at(p, expert, kGated ? column : column + i, i == 1));
+  if (held && p.row_weights.data) weight = load_bits(p.row_weights, slot);
+
+  // The 8 rows of a matrix of ldmatrix are the lines, or each the row of `a`.
+  const uint32_t of_lines = lane % 8 * kLineBytes + (lane / 8 ^ lane % 8) * 16;
+  const uint32_t of_row = kLines * kLineBytes + lane / 16 * 16;
+  float sums[4] = {};
+  int turn = 0;
+#pragma unroll 1
+  for (int first = 0; first < vectors; first += kChunks) {
+    const uint32_t from = ring + turn * kTurnBytes;
+    uint32_t rows[4], lines[4];
+    wait_for_oldest(turns);
+    __syncwarp();  // The turn has landed for all.
+#pragma unroll
+    for (int k16 = 0; k16 < kTurn / 16; ++k16) {
+      if (k16 % 2 == 0) ptx::ldmatrix_x4(lines, from + (of_lines ^ k16 * 32));
+      ptx::ldmatrix_x4(rows, from + of_row + k16 * 32);
+      ptx::mma_m16n8k16<T>(sums, rows, lines[k16 % 2 * 2], lines[k16 % 2 * 2 + 1]);
+    }
+    __syncwarp();  // All have read it.
+    copy(first + turns * kChunks, from, true, true);
+    turn = turn + 1 < turns ? turn + 1 : 0;
+  }
+
+  for (int i = 0; i < 2 && p.bias.data; ++i) sums[i] += float_of(p.bias.dtype, bias[i]);
+  float gate[1] = {sums[0]}, up[1] = {sums[1]};
+  if (held && kGated)
+    activate_gated<1>(p.activation.kind, scalars_of(p.activation, expert), gate, up);
+  if (!kGated) activate<1>(p.activation.kind, gate), activate<1>(p.activation.kind, up);
+  const float by = p.row_weights.data ? float_of(p.row_weights.dtype, weight) : 1.0f;
+  float* const results = reinterpret_cast<float*>(smem + warps * turns * kTurnBytes);
+  for (int i = 0; i < (kGated ? 1 : 2) && lane < 4; ++i) {
+    const float value[kVector] = {(i == 0 ? gate : up)[0] * by};
+    if (p.is_second) {
+      // Zero where the slot's expert isn't held here.
+      results[warp * kLines + 2 * lane + i] = ptx::to_float(ptx::from_float<T>(value[0]));
+    } else if (held) {
+      store_vector(p.out, p.out_dtype, out_row * p.out_stride + column + i, 1, false, value);
+    }
+  }
+  if (!p.is_second) return;
+  __syncthreads();  // the slots' results are there
+  if (warp % slots != 0 || lane >= kLines || slot >= p.rows) return;
+  float sum[kVector] = {};
+  for (int i = 0; i < slots; ++i) sum[0] += results[(warp + i) * kLines + lane];
+  store_vector(p.out, p.out_dtype, out_row * p.out_stride + first_column + lane, 1, false, sum);
+}
+
+// Blocks of as many warps as give each multiprocessor whole ones.
+template <typename T>
+void launch_in_order(const GroupedGemm& p, cudaStream_t stream) {
+  const DeviceInfo& device = device_info();
+  const bool gated = is_gated(p.activation.kind);
+  const int64_t slots = p.is_second ? p.topk : 1, groups = p.n / (gated ? kLines / 2 : kLines);
+  const int64_t all = p.rows / slots * groups, of_sm = ceil_div(all, device.sm_count);
+  const int64_t at_once = ceil_div(of_sm, ceil_div(of_sm, kMostSlotsInOrder / slots));
+  const int64_t warps = at_once * slots, results = warps * kLines * 4;
+  const int64_t fit =
+      (static_cast<int64_t>(device.smem_per_block - 1024) / 2 - results) / kTurnBytes;
+  const int turns = fit < 3 * warps ? 2 : fit < 4 * warps ? 3 : fit < 6 * warps ? 4 : 6;
+  launch<Start::kEarly>(
+      gated ? grouped_gemv_in_order_kernel<T, true> : grouped_gemv_in_order_kernel<T, false>,
+      ceil_div(all, at_once), static_cast<int>(32 * warps), warps * turns * kTurnBytes + results,
+      stream, p, Divisor(groups), turns);
+}
+
 template <typename T>
 void launch_gemv(const GroupedGemm& p, cudaStream_t stream) {
+  if (p.in_order) return launch_in_order<T>(p, stream);
   const bool gated = is_gated(p.activation.kind);
   const int64_t out_rows = p.is_second ? p.rows / p.topk : p.rows, vectors = p.k / kVector;
   const GemvTile tile =

@@ -230,6 +230,7 @@ struct GemvTile {
   int cols, threads;
 };
 inline constexpr int kMostGemvThreads = 256;
+inline constexpr int kMostSlotsInOrder = 16;  // of a token, a warp each
 
 // Whether few tokens' slots go by themselves. It saves the sort, the combine and some of the
 // products' starts and ends, a few microseconds; but a weight that two tokens' slots want is read

@@ -256,11 +256,11 @@ class Emulator:
                      alpha=None, beta=None, limit=None, row_weights=None, out_dtype=None,
                      out_padding=0, zero_other_rows=True, columns=None, topk_ids=None, topk=1,
                      expert_offset=0, is_second=False, progress=None, sm90=False, split_log2=0,
-                     **machine):  # fmt: skip
+                     in_order=False,                      **machine):  # fmt: skip
         """alpha, beta, limit: tensors, one value per expert. `out_padding`: elements between rows.
         `columns`: of the layer, for which the row tiles are planned. `topk_ids`: in the place of
         expert_offsets, for grouped_gemv. `progress`: True for a first product that is to return its
-        own too, the tensor for a second one. `split_log2`: of the parts that k is split in, whose
+        own too, the tensor for a second one. `in_order`: grouped_gemv as the tiles add. `split_log2`: of the parts that k is split in, whose
         sums are returned side by side, [rows, parts * n]."""
         experts, n, k = b.shape
         entry = reference.ACTIVATIONS[activation]
@@ -276,7 +276,8 @@ class Emulator:
                        activation=ACTIVATIONS.index(activation),
                        gate_layout=GATE_LAYOUTS.index(gate_layout), out_stride=width + out_padding,
                        zero_other_rows=zero_other_rows, columns=columns or n, sm90=sm90,
-                       topk=topk, is_second=is_second, split_log2=split_log2, **_id_scalars(topk_ids, expert_offset),
+                       topk=topk, is_second=is_second, split_log2=split_log2, in_order=in_order,
+                       **_id_scalars(topk_ids, expert_offset),
                        **dict(alpha=0, beta=0, limit=0) | entry.defaults)  # fmt: skip
         out_rows = rows // topk if is_second else rows
         out = torch.empty_strided((out_rows, width), (width + out_padding, 1),

@@ -184,6 +184,7 @@ void grouped_gemv(Request& r) {
   GroupedGemm p = product(r);
   p.ids = topk_ids(r);
   p.topk = r.scalar("topk");
+  p.in_order = r.scalar("in_order");
   cuda::grouped_gemv(p, nullptr);
 }
 
