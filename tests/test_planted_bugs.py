@@ -169,9 +169,9 @@ PLANTED = {
         ROUTE, "e < p.experts; e += 32)\n    keys[e]", "e <= p.experts; e += 32)\n    keys[e]",
         properties.test_topk_route),
     "groups not waited for": (
-        ROUTE, "__syncwarp();  // all groups' experts are excluded", "",
+        ROUTE, "}\n  __syncwarp();\n  uint64_t last_chosen", "}\n  uint64_t last_chosen",
         properties.test_topk_route),
-    "NaN counted in the sum": (ROUTE, "if (term == term) sum", "sum", properties.test_topk_route),
+    "NaN counted in the sum": (ROUTE, "if (term == term) sum_", "sum_", properties.test_topk_route),
     "counts not waited for": (
         SORT, "__syncthreads();  // all is counted", "", properties.test_sort_by_expert),
     "counts cleared late": (

@@ -27,8 +27,9 @@ __device__ __forceinline__ uint32_t key_of(float value) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// Of a number's key.
+// NaN gives -inf.
 __device__ __forceinline__ float value_of(uint32_t key) {
+  if (key == kNanKey) return -INFINITY;
   return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
@@ -47,48 +48,73 @@ __device__ uint64_t largest_below(uint64_t limit, const uint32_t* keys, int64_t 
   return warp_reduce(best, [](auto a, auto b) { return max(a, b); });
 }
 
-// One token's scores, from its logits: a function of the expert.
+// One token's scores, from its logits.
 template <typename T>
-__device__ __forceinline__ auto scores_of(const TopkRoute& p, const T* logits) {
-  const auto logit = [=](int64_t expert) { return ptx::to_float(logits[expert]); };
-  float largest = -INFINITY, sum = 0;
-  if (!p.sigmoid) {
+class Scores {
+ public:
+  __device__ Scores(const TopkRoute& p, int64_t token)
+      : logits_(static_cast<const T*>(p.logits) + token * p.experts), sigmoid_(p.sigmoid) {
+    if (sigmoid_) return;
     // NaN is left out of the maximum and of the sum: one bad logit spoils no other.
     const int lane = threadIdx.x % 32;
-    for (int64_t e = lane; e < p.experts; e += 32) largest = fmaxf(largest, logit(e));
-    largest = warp_reduce(largest, fmaxf);
     for (int64_t e = lane; e < p.experts; e += 32) {
-      const float term = expf(logit(e) - largest);
-      if (term == term) sum += term;
+      const float logit = ptx::to_float(logits_[e]);
+      if (logit > largest_) largest_ = logit;
     }
-    sum = warp_reduce(sum, [](float a, float b) { return a + b; });
+    largest_ = warp_reduce(largest_, [](auto a, auto b) { return max(a, b); });
+    for (int64_t e = lane; e < p.experts; e += 32) {
+      const float term = expf(ptx::to_float(logits_[e]) - largest_);
+      if (term == term) sum_ += term;
+    }
+    sum_ = warp_reduce(sum_, [](float a, float b) { return a + b; });
   }
-  return [=, &p](int64_t expert) {
-    return p.sigmoid ? sigmoid(logit(expert)) : expf(logit(expert) - largest) / sum;
-  };
+
+  __device__ float operator()(int64_t expert) const {
+    const float logit = ptx::to_float(logits_[expert]);
+    return sigmoid_ ? sigmoid(logit) : expf(logit - largest_) / sum_;
+  }
+
+ private:
+  const T* logits_;
+  bool sigmoid_;
+  float largest_ = -INFINITY;
+  float sum_ = 0;
+};
+
+// The sum of the two best choices, in every lane.
+__device__ float group_score(const uint32_t* keys, int64_t size) {
+  float best = -INFINITY, second = -INFINITY;
+  for (int64_t i = threadIdx.x % 32; i < size; i += 32) {
+    const float value = value_of(keys[i]);
+    second = fmaxf(second, fminf(best, value));
+    best = fmaxf(best, value);
+  }
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const float other_best = __shfl_xor_sync(0xffffffffu, best, distance);
+    const float other_second = __shfl_xor_sync(0xffffffffu, second, distance);
+    second = fmaxf(fminf(best, other_best), fmaxf(second, other_second));
+    best = fmaxf(best, other_best);
+  }
+  return size > 1 ? best + second : best;
 }
 
-// Excludes the experts of all but the best groups: of a group the sum of the two best choices
-// counts, NaN as -inf. A lane has every 32nd group for itself, in largest_below() too.
+// Excludes the experts of all but the best groups.
 __device__ void choose_groups(const TopkRoute& p, uint32_t* keys, uint32_t* group_keys) {
   const int lane = threadIdx.x % 32;
   const int64_t size = p.experts / p.num_groups;
-  for (int64_t g = lane; g < p.num_groups; g += 32) {
-    uint32_t best = key_of(-INFINITY), second = best;
-    for (int64_t e = g * size; e < (g + 1) * size; ++e) {
-      second = max(second, min(best, keys[e]));
-      best = max(best, keys[e]);
-    }
-    group_keys[g] = key_of(size > 1 ? value_of(best) + value_of(second) : value_of(best));
+  for (int g = 0; g < p.num_groups; ++g) {
+    const float score = group_score(keys + g * size, size);
+    if (lane == 0) group_keys[g] = key_of(score);
   }
+  __syncwarp();
   uint64_t last_chosen = ~uint64_t(0);
   for (int i = 0; i < p.topk_groups; ++i)
     last_chosen = largest_below(last_chosen, group_keys, p.num_groups);
-  for (int64_t g = lane; g < p.num_groups; g += 32) {
-    if (rank_of(group_keys[g], g) >= last_chosen) continue;
-    for (int64_t e = g * size; e < (g + 1) * size; ++e) keys[e] = kExcludedKey;
+  for (int64_t e = lane; e < p.experts; e += 32) {
+    const int64_t g = e / size;
+    if (rank_of(group_keys[g], g) < last_chosen) keys[e] = kExcludedKey;
   }
-  __syncwarp();  // all groups' experts are excluded
+  __syncwarp();
 }
 
 template <typename T>
@@ -100,7 +126,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) topk_route_kernel(const TopkRo
   uint32_t* const keys =
       p.keys ? p.keys + token * row : reinterpret_cast<uint32_t*>(ptx::dynamic_smem()) + warp * row;
 
-  const auto scores = scores_of(p, static_cast<const T*>(p.logits) + token * p.experts);
+  const Scores<T> scores(p, token);
   for (int64_t e = lane; e < p.experts; e += 32)
     keys[e] = key_of(p.bias.data ? scores(e) + load_float(p.bias, e) : scores(e));
   __syncwarp();
