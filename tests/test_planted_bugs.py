@@ -91,9 +91,9 @@ PLANTED = {
     "result read before all is there": (
         MMA, "__syncthreads();  // The result is there.", "", properties.test_grouped_gemm),
     "elements that lie apart copied as neighbours": (
-        MMA, "neighbours && reinterpret_cast", "reinterpret_cast", properties.test_grouped_gemm),
+        MMA, "count >= kPer16 : neighbours_", "true : count >= kPer16", properties.test_grouped_gemm),
     "16 bytes copied from anywhere": (
-        MMA, "reinterpret_cast<uintptr_t>(from[0]) % 16 == 0", "true",
+        MMA, "reinterpret_cast<uintptr_t>(from) % 16 == 0", "true",
         properties.test_grouped_gemm),
     "slot before its copies": (
         COPIER, "cp_async_wait<Shape::kAhead - 1>", "cp_async_wait<Shape::kAhead + 1>",

@@ -27,33 +27,32 @@ class Operand {
   static constexpr int kBytes = kLines * kDepth * sizeof(T);
 
   // line(i): where line i has its k = 0; null where there is none, nor one after it in its vector.
-  // The lines of a vector are equally far apart.
+  // Its k lie next to one another or, where !kAlongK, `k_stride` apart, and the lines of a vector
+  // equally far.
   template <typename Line>
   __device__ Operand(int64_t k, int64_t k_stride, const Line& line) : k_(k), k_stride_(k_stride) {
-#pragma unroll
-    for (int i = 0; i < kOwnLines; ++i) lines_[i] = line(kAlongK ? row(i) : across() + i);
+    for (int i = 0; i < kOwnLines; ++i) lines_[i] = line(kAlongK ? row(i) : across());
+    while (!kAlongK && count_ < kPer16 && line(across() + count_)) ++count_;
+    if (count_ > 1) stride_ = line(across() + 1) - lines_[0];
+    neighbours_ = count_ == kPer16 && stride_ == 1;
   }
 
-  // A vector goes with cp.async if it can, whatever the strides, else element by element; zeros
-  // stand past the last k and where there is no line.
+  // A vector goes with cp.async if it can, else element by element; zeros stand past the last k and
+  // where there is no line.
   __device__ void copy(unsigned char* slot, int64_t first_k) const {
-#pragma unroll
+    const int depth = static_cast<int>(min(k_ - first_k, int64_t{kDepth}));
     for (int pass = 0; pass < kPasses; ++pass) {
-      const T* from[kPer16];
-#pragma unroll
-      for (int i = 0; i < kPer16; ++i) {
-        const T* const line = lines_[kAlongK ? pass : i];
-        const int64_t k = first_k + (kAlongK ? across() + i : row(pass));
-        from[i] = line && k < k_ ? line + k * k_stride_ : nullptr;
-      }
-      const bool neighbours = from[kPer16 - 1] == from[0] + (kPer16 - 1);
+      const int k = kAlongK ? across() : row(pass);
+      const T* const from = lines_[kAlongK ? pass : 0] + (first_k + k) * (kAlongK ? 1 : k_stride_);
+      const int count = kAlongK ? (lines_[pass] ? depth - k : 0) : k < depth ? count_ : 0;
       unsigned char* const to = slot + place(row(pass), across() / kPer16);
-      if (!from[0] || (neighbours && reinterpret_cast<uintptr_t>(from[0]) % 16 == 0)) {
-        ptx::cp_async_16(ptx::smem_address(to), from[0], from[0] != nullptr);
+      const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0;
+      // No branch for each condition.
+      if ((count <= 0) | (aligned & (kAlongK ? count >= kPer16 : neighbours_))) {
+        ptx::cp_async_16(ptx::smem_address(to), count > 0 ? from : nullptr, count > 0);
       } else {
         alignas(16) T values[kPer16];
-#pragma unroll
-        for (int i = 0; i < kPer16; ++i) values[i] = from[i] ? *from[i] : T{0};
+        for (int i = 0; i < kPer16; ++i) values[i] = i < count ? from[i * stride_] : T{0};
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
       }
     }
@@ -64,8 +63,9 @@ class Operand {
     const int lane = threadIdx.x % 32, row = lane % 8;  // of matrix lane / 8
     line += lane / 8 % 2 * 8 + (kAlongK ? row : 0);
     k += lane / 16 * 8 + (kAlongK ? 0 : row);
-    const uint32_t from = ptx::smem_address(at(slot, line, k));
-    kAlongK ? ptx::ldmatrix_x4(fragment, from) : ptx::ldmatrix_x4_trans(fragment, from);
+    const uint32_t from = ptx::smem_address(slot);
+    kAlongK ? ptx::ldmatrix_x4(fragment, from + place(line, k / kPer16))
+            : ptx::ldmatrix_x4_trans(fragment, from + place(k, line / kPer16));
   }
 
   __device__ static const T* at(const unsigned char* slot, int line, int k) {
@@ -79,7 +79,7 @@ class Operand {
   static constexpr int kRows = kAlongK ? kLines : kDepth;
   static constexpr int kVectors = kLines * kDepth / kRows / kPer16;  // of a row
   static constexpr int kPerPass = kMmaThreads / kVectors, kPasses = kRows / kPerPass;
-  static constexpr int kOwnLines = kAlongK ? kPasses : kPer16;
+  static constexpr int kOwnLines = kAlongK ? kPasses : 1;
   static_assert(kRows % kPerPass == 0, "each thread takes a vector in each pass");
 
   // A thread takes the same vector of every kPerPass-th row.
@@ -88,12 +88,15 @@ class Operand {
 
   // One vector of 8 neighbouring rows: in 8 places modulo 128 bytes, in all banks.
   __device__ static int place(int row, int vector) {
-    const int number = row * kVectors + vector;
-    return (number ^ number / (kVectors < 8 ? 8 : kVectors) % 8) * 16;
+    constexpr int kRowsOf128Bytes = kVectors < 8 ? 8 / kVectors : 1;
+    return (row * kVectors + (vector ^ row / kRowsOf128Bytes % (8 / kRowsOf128Bytes))) * 16;
   }
 
-  const T* lines_[kOwnLines];  // one a pass, or those of its vectors
+  const T* lines_[kOwnLines];  // one a pass, or the first of its vectors
   int64_t k_, k_stride_;
+  int64_t stride_ = 1;  // between a vector's elements
+  int count_ = 0;       // of its vectors' lines
+  bool neighbours_;     // whether these are all there, side by side
 };
 
 // How a tile is shared out: kRows x kCols of output, warps in a grid of kWarpRows x kWarpCols.
@@ -142,14 +145,12 @@ class MmaTile {
 #pragma unroll 4
         for (int k = 0; k < Shape::kDepth; ++k) multiply_one(slot, slot + A::kBytes, k);
       } else {
-#pragma unroll
         for (int k = 0; k < Shape::kDepth; k += 16) multiply_16(slot, slot + A::kBytes, k);
       }
     }
     __syncthreads();  // The ring is free.
     float* const result = reinterpret_cast<float*>(smem);
     const int lane = threadIdx.x % 32, row = row_ + lane / 4, col = col_ + lane % 4 * 2;
-#pragma unroll
     for (int n = 0; n < 2 * kI * kJ; ++n) {  // 8 rows and columns each
       const int i = n / kJ, j = n % kJ;
       const float* const from = acc_[i / 2][j] + i % 2 * 2;
@@ -166,13 +167,9 @@ class MmaTile {
   // 16 of k, on tensor cores.
   __device__ void multiply_16(const unsigned char* a_slot, const unsigned char* b_slot, int k) {
     uint32_t a[kI][4], b[kJ / 2][4];
-#pragma unroll
     for (int i = 0; i < kI; ++i) A::load(a[i], a_slot, row_ + i * 16, k);
-#pragma unroll
     for (int j = 0; j < kJ / 2; ++j) B::load(b[j], b_slot, col_ + j * 16, k);
-#pragma unroll
     for (int i = 0; i < kI; ++i) {
-#pragma unroll
       for (int j = 0; j < kJ; ++j) {
         ptx::mma_m16n8k16<T>(acc_[i][j], a[i], b[j / 2][j % 2], b[j / 2][j % 2 + 2]);
       }
@@ -183,11 +180,8 @@ class MmaTile {
   __device__ void multiply_one(const unsigned char* a_slot, const unsigned char* b_slot, int k) {
     const int row = row_ + threadIdx.x % 32 / 4, col = col_ + threadIdx.x % 4 * 2;
     float a[2 * kI], b[2 * kJ];
-#pragma unroll
     for (int i = 0; i < 2 * kI; ++i) a[i] = *A::at(a_slot, row + i * 8, k);
-#pragma unroll
     for (int j = 0; j < 2 * kJ; ++j) b[j] = *B::at(b_slot, col + j / 2 * 8 + j % 2, k);
-#pragma unroll
     for (int i = 0; i < 4 * kI * kJ; ++i) {
       float& sum = acc_[i / 4 / kJ][i / 4 % kJ][i % 4];
       sum = fmaf(a[i / 4 / kJ * 2 + i % 4 / 2], b[i / 4 % kJ * 2 + i % 2], sum);
