@@ -124,10 +124,7 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
   store_vector(p.out, p.out_dtype, out_row * p.out_stride + column, 1, false, values);
 }
 
-constexpr int kLines = 8;   // of weights, a warp: 8 columns', or 4 columns' gates and ups by turns
-constexpr int kTurn = 128;  // of k
 constexpr int kChunks = kTurn / kVector, kLineBytes = kTurn * 2;
-constexpr int kTurnBytes = (kLines + 1) * kLineBytes;
 
 // Of `turns` turns' copies the oldest have landed.
 __device__ __forceinline__ void wait_for_oldest(int turns) {
@@ -243,22 +240,14 @@ __global__ void __launch_bounds__(32 * kMostSlotsInOrder, 2)
   store_vector(p.out, p.out_dtype, out_row * p.out_stride + first_column + lane, 1, false, sum);
 }
 
-// Blocks of as many warps as give each multiprocessor whole ones.
 template <typename T>
 void launch_in_order(const GroupedGemm& p, cudaStream_t stream) {
-  const DeviceInfo& device = device_info();
   const bool gated = is_gated(p.activation.kind);
   const int64_t slots = p.is_second ? p.topk : 1, groups = p.n / (gated ? kLines / 2 : kLines);
-  const int64_t all = p.rows / slots * groups, of_sm = ceil_div(all, device.sm_count);
-  const int64_t at_once = ceil_div(of_sm, ceil_div(of_sm, kMostSlotsInOrder / slots));
-  const int64_t warps = at_once * slots, results = warps * kLines * 4;
-  const int64_t fit =
-      (static_cast<int64_t>(device.smem_per_block - 1024) / 2 - results) / kTurnBytes;
-  const int turns = fit < 3 * warps ? 2 : fit < 4 * warps ? 3 : fit < 6 * warps ? 4 : 6;
+  const InOrderTile tile = choose_in_order_tile(p.rows / slots * groups, slots, device_info());
   launch<Start::kEarly>(
       gated ? grouped_gemv_in_order_kernel<T, true> : grouped_gemv_in_order_kernel<T, false>,
-      ceil_div(all, at_once), static_cast<int>(32 * warps), warps * turns * kTurnBytes + results,
-      stream, p, Divisor(groups), turns);
+      tile.blocks, 32 * tile.warps, tile.bytes, stream, p, Divisor(groups), tile.turns);
 }
 
 template <typename T>

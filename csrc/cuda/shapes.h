@@ -250,6 +250,33 @@ inline GemvTile choose_gemv_tile(int64_t out_rows, int64_t n, int64_t vectors_of
           threads < kMostGemvThreads ? static_cast<int>(threads) : kMostGemvThreads};
 }
 
+// In the tiles' order: the lines of weights that a warp takes, which are 8 columns', or 4 columns'
+// gates and ups by turns; the k of a turn, and its bytes with the row of `a`.
+inline constexpr int kLines = 8, kTurn = 128, kTurnBytes = (kLines + 1) * kTurn * 2;
+
+struct InOrderTile {
+  int64_t blocks;
+  int warps, turns;  // of a block; in flight, of a warp: 2, 3, 4 or 6
+  size_t bytes;
+};
+
+// For so many groups of columns, each with a warp for each of its slots: several where it is a
+// token's. Of one slot a block takes as many groups as leave each multiprocessor whole blocks, with
+// turns that fill half of its memory; of several one, with turns for 64 KB a multiprocessor: what
+// they take from memory ahead of their turn the product before waits for.
+inline InOrderTile choose_in_order_tile(int64_t groups, int64_t slots, const DeviceInfo& device) {
+  const int64_t of_sm = ceil_div(groups, device.sm_count), of_sm_warps = of_sm * slots;
+  const int64_t at_once = slots > 1 ? 1 : ceil_div(of_sm, ceil_div(of_sm, kMostSlotsInOrder));
+  const int64_t warps = at_once * slots, results = warps * kLines * 4;
+  const int64_t half = static_cast<int64_t>(device.smem_per_block - 1024) / 2;
+  const int64_t fit = (half - results) / (warps * kTurnBytes);
+  const int64_t wanted = slots == 1 || of_sm_warps < 10 ? 6 : of_sm_warps < 15 ? 4 : 2;
+  const int64_t most = fit < wanted ? fit : wanted;
+  const int turns = most < 3 ? 2 : most < 4 ? 3 : most < 6 ? 4 : 6;
+  return {ceil_div(groups, at_once), static_cast<int>(warps), turns,
+          static_cast<size_t>(warps * turns * kTurnBytes + results)};
+}
+
 // The place in kShapes. Every GPU from SM80 on has the 99 KB that some shape of each height needs.
 inline int choose_shape(const RowTiles& tiles, const ProductSize& size, const DeviceInfo& device) {
   int fallback = -1;
