@@ -62,13 +62,13 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
 template <typename Shape>
 void launch_shape(const GroupedGemm& p, cudaStream_t stream) {
   const DeviceInfo& device = device_info();
-  const int64_t resident = device.sm_count * (device.smem_per_sm / (Shape::kBytes + 1024));
+  const int64_t fit = static_cast<int64_t>(device.smem_per_sm / (Shape::kBytes + 1024));
+  const int64_t resident = device.sm_count * std::max<int64_t>(fit, 1);
   const int64_t columns = column_tiles(p, Shape::kCols);
-  const int64_t items = p.row_tiles.most * columns;
   launch<Start::kEarly>(p.b_col_stride == 1 ? grouped_gemm_any_kernel<Shape, true>
                                             : grouped_gemm_any_kernel<Shape, false>,
-                        std::min(items, resident), kMmaThreads, Shape::kBytes, stream, p,
-                        Divisor(columns));
+                        std::min(p.row_tiles.most * columns, resident), kMmaThreads, Shape::kBytes,
+                        stream, p, Divisor(columns));
 }
 
 }  // namespace

@@ -138,11 +138,11 @@ __device__ __forceinline__ void wait_for_oldest(int turns) {
 //
 // Schedule: a warp takes 8 lines of weights of one slot. It copies them and the slot's row of `a`,
 // kTurn of k at a time, into a ring of its own with cp.async, and multiplies by mma.sync, whose 16
-// rows are all the slot's. A block takes a few groups of columns, a second product's with all of a
-// token's slots, whose results meet in shared memory and are added as by combine; no warp waits for
-// another but there. The rings take less than half of a multiprocessor's shared memory: so the next
-// block's weights are under way while this one ends, the second product's beside the first's. In
-// flight: up to 96 KB of them a block.
+// rows are all the slot's. A first product's block takes several groups of columns, a second's one
+// of all of a token's slots, whose results meet in shared memory and are added as by combine; no
+// warp waits for another but there. Where it can be the rings take less than half of a
+// multiprocessor's shared memory: so the next block's weights are under way while this one ends,
+// the second product's beside the first's. In flight: up to 96 KB of them a block.
 template <typename T, bool kGated>
 __global__ void __launch_bounds__(32 * kMostSlotsInOrder, 2)
     grouped_gemv_in_order_kernel(const GroupedGemm p, const Divisor groups, int turns) {

@@ -27,8 +27,8 @@ class Operand {
   static constexpr int kBytes = kLines * kDepth * sizeof(T);
 
   // line(i): where line i has its k = 0; null where there is none, nor one after it in its vector.
-  // Its k lie next to one another or, where !kAlongK, `k_stride` apart, and the lines of a vector
-  // equally far.
+  // Its k lie next to one another or, where !kAlongK, `k_stride` apart; the lines of a vector then
+  // lie as far from one another as its first two.
   template <typename Line>
   __device__ Operand(int64_t k, int64_t k_stride, const Line& line) : k_(k), k_stride_(k_stride) {
     for (int i = 0; i < kOwnLines; ++i) lines_[i] = line(kAlongK ? row(i) : across());

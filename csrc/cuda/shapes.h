@@ -262,8 +262,9 @@ struct InOrderTile {
 
 // For so many groups of columns, each with a warp for each of its slots: several where it is a
 // token's. Of one slot a block takes as many groups as leave each multiprocessor whole blocks, with
-// turns that fill half of its memory; of several one, with turns for 64 KB a multiprocessor: what
-// they take from memory ahead of their turn the product before waits for.
+// as many turns as fit half of its memory, two at least; of several it takes one, with fewer turns
+// where a multiprocessor has many warps: what they take from memory ahead of their time the product
+// before waits for. (By measurement: NOTES.md.)
 inline InOrderTile choose_in_order_tile(int64_t groups, int64_t slots, const DeviceInfo& device) {
   const int64_t of_sm = ceil_div(groups, device.sm_count), of_sm_warps = of_sm * slots;
   const int64_t at_once = slots > 1 ? 1 : ceil_div(of_sm, ceil_div(of_sm, kMostSlotsInOrder));

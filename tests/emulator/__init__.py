@@ -256,12 +256,13 @@ class Emulator:
                      alpha=None, beta=None, limit=None, row_weights=None, out_dtype=None,
                      out_padding=0, zero_other_rows=True, columns=None, topk_ids=None, topk=1,
                      expert_offset=0, is_second=False, progress=None, sm90=False, split_log2=0,
-                     in_order=False,                      **machine):  # fmt: skip
+                     in_order=False, **machine):  # fmt: skip
         """alpha, beta, limit: tensors, one value per expert. `out_padding`: elements between rows.
         `columns`: of the layer, for which the row tiles are planned. `topk_ids`: in the place of
         expert_offsets, for grouped_gemv. `progress`: True for a first product that is to return its
-        own too, the tensor for a second one. `in_order`: grouped_gemv as the tiles add. `split_log2`: of the parts that k is split in, whose
-        sums are returned side by side, [rows, parts * n]."""
+        own too, the tensor for a second one. `in_order`: grouped_gemv is to add as the tiles do.
+        `split_log2`: of the parts that k is split in, whose sums are returned side by side,
+        [rows, parts * n]."""
         experts, n, k = b.shape
         entry = reference.ACTIVATIONS[activation]
         n //= 2 if entry.gated else 1
