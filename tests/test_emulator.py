@@ -443,6 +443,19 @@ def test_the_same_bits_from_both_kernels(emulator):
     assert torch.equal(aligned, apart)
 
 
+@pytest.mark.parametrize("gate_layout", reference.GATE_LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_gemm_gates_across_vectors(emulator, dtype, gate_layout):
+    """b with k as its slow axis: of a vector the gates or the ups alone belong together."""
+    random = Random(0)
+    a, b = random.integers(7, 40, dtype=dtype), random.integers(2, 2 * 16, 40, dtype=dtype) / 8
+    arguments = dict(activation="swiglu", gate_layout=gate_layout)
+    offsets = torch.tensor([0, 4, 7], dtype=torch.int32)
+    expected = emulator.grouped_gemm(a, b, offsets, **arguments)
+    out = emulator.grouped_gemm(a, b.mT.contiguous().mT, offsets, **arguments)
+    assert torch.equal(out, expected)
+
+
 @examples(35)
 @given(gemms() | gemms_of_whole_vectors(), st.sampled_from(list(reference.ACTIVATIONS)),
        st.sampled_from(reference.GATE_LAYOUTS), st.booleans(), SEEDS, MACHINES)  # fmt: skip

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import test_emulator as properties
+import torch
 from emulator import Bug, Emulator, EmulatorError, build
 
 TOYS, ROUTE, SORT, COMBINE = (
@@ -22,6 +23,10 @@ SHAPES, GEMV, BESIDE = (
 )  # fmt: skip
 ITEMS, EPILOGUE = "csrc/cuda/items.cuh", "csrc/cuda/epilogue.cuh"
 MMA_F16, WGMMA_F16 = (f"csrc/cuda/grouped_gemm_{x}.cu" for x in ("f16", "sm90_f16"))
+
+
+def gates_across_vectors(emulator):
+    properties.test_grouped_gemm_gates_across_vectors(emulator, torch.float32, "interleaved")
 
 
 def toy_gemms(emulator):
@@ -91,7 +96,8 @@ PLANTED = {
     "result read before all is there": (
         MMA, "__syncthreads();  // The result is there.", "", properties.test_grouped_gemm),
     "elements that lie apart copied as neighbours": (
-        MMA, "count >= kPer16 : neighbours_", "true : count >= kPer16", properties.test_grouped_gemm),
+        MMA, "count >= kPer16 : neighbours_", "count >= kPer16 : count >= kPer16",
+        gates_across_vectors, ANY),
     "16 bytes copied from anywhere": (
         MMA, "reinterpret_cast<uintptr_t>(from) % 16 == 0", "true",
         properties.test_grouped_gemm),
