@@ -34,7 +34,7 @@ class Operand {
     for (int i = 0; i < kOwnLines; ++i) lines_[i] = line(kAlongK ? row(i) : across());
     while (!kAlongK && count_ < kPer16 && line(across() + count_)) ++count_;
     if (count_ > 1) stride_ = line(across() + 1) - lines_[0];
-    neighbours_ = count_ == kPer16 && stride_ == 1;
+    neighbours_ = kAlongK || (count_ == kPer16 && stride_ == 1 && k_stride * sizeof(T) % 16 == 0);
   }
 
   // A vector goes with cp.async if it can, else element by element; zeros stand past the last k and
@@ -43,12 +43,13 @@ class Operand {
     const int depth = static_cast<int>(min(k_ - first_k, int64_t{kDepth}));
     for (int pass = 0; pass < kPasses; ++pass) {
       const int k = kAlongK ? across() : row(pass);
-      const T* const from = lines_[kAlongK ? pass : 0] + (first_k + k) * (kAlongK ? 1 : k_stride_);
-      const int count = kAlongK ? (lines_[pass] ? depth - k : 0) : k < depth ? count_ : 0;
+      const T* const line = lines_[kAlongK ? pass : 0];
+      const T* const from = line + (first_k + k) * (kAlongK ? 1 : k_stride_);
+      const int count = kAlongK ? (line ? depth - k : 0) : k < depth ? count_ : 0;
+      const bool aligned = neighbours_ & (reinterpret_cast<uintptr_t>(line) % 16 == 0);
       unsigned char* const to = slot + place(row(pass), across() / kPer16);
-      const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0;
       // No branch for each condition.
-      if ((count <= 0) | (aligned & (kAlongK ? count >= kPer16 : neighbours_))) {
+      if ((count <= 0) | (aligned & (count >= kPer16))) {
         ptx::cp_async_16(ptx::smem_address(to), count > 0 ? from : nullptr, count > 0);
       } else {
         alignas(16) T values[kPer16];
@@ -58,11 +59,13 @@ class Operand {
     }
   }
 
-  // 16 lines from `line` on and 16 of k: a fragment of a, or two of b, one in registers 0 and 2.
-  __device__ static void load(uint32_t (&fragment)[4], const unsigned char* slot, int line, int k) {
-    const int lane = threadIdx.x % 32, row = lane % 8;  // of matrix lane / 8
-    line += lane / 8 % 2 * 8 + (kAlongK ? row : 0);
-    k += lane / 16 * 8 + (kAlongK ? 0 : row);
+  // 16 lines from `line` on and 16 of k: a fragment of a, or two of b, each in registers side by
+  // side, as mma.sync wants them.
+  __device__ static void load(uint32_t (&fragment)[4], const unsigned char* slot, int line, int k,
+                              bool of_a) {
+    const int lane = threadIdx.x % 32, row = lane % 8, odd = lane / 8 % 2 * 8, high = lane / 16 * 8;
+    line += (of_a ? odd : high) + (kAlongK ? row : 0);  // of matrix lane / 8
+    k += (of_a ? high : odd) + (kAlongK ? 0 : row);
     const uint32_t from = ptx::smem_address(slot);
     kAlongK ? ptx::ldmatrix_x4(fragment, from + place(line, k / kPer16))
             : ptx::ldmatrix_x4_trans(fragment, from + place(k, line / kPer16));
@@ -96,7 +99,7 @@ class Operand {
   int64_t k_, k_stride_;
   int64_t stride_ = 1;  // between a vector's elements
   int count_ = 0;       // of its vectors' lines
-  bool neighbours_;     // whether these are all there, side by side
+  bool neighbours_;     // whether these are all there, side by side, whole vectors from k to k
 };
 
 // How a tile is shared out: kRows x kCols of output, warps in a grid of kWarpRows x kWarpCols.
@@ -167,11 +170,11 @@ class MmaTile {
   // 16 of k, on tensor cores.
   __device__ void multiply_16(const unsigned char* a_slot, const unsigned char* b_slot, int k) {
     uint32_t a[kI][4], b[kJ / 2][4];
-    for (int i = 0; i < kI; ++i) A::load(a[i], a_slot, row_ + i * 16, k);
-    for (int j = 0; j < kJ / 2; ++j) B::load(b[j], b_slot, col_ + j * 16, k);
+    for (int i = 0; i < kI; ++i) A::load(a[i], a_slot, row_ + i * 16, k, true);
+    for (int j = 0; j < kJ / 2; ++j) B::load(b[j], b_slot, col_ + j * 16, k, false);
     for (int i = 0; i < kI; ++i) {
       for (int j = 0; j < kJ; ++j) {
-        ptx::mma_m16n8k16<T>(acc_[i][j], a[i], b[j / 2][j % 2], b[j / 2][j % 2 + 2]);
+        ptx::mma_m16n8k16<T>(acc_[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
       }
     }
   }
