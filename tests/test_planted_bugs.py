@@ -236,7 +236,7 @@ PLANTED = {
     "bias of a slot of others": (
         GEMV, "expert < 0 ? 0.0f : weight * x", "weight * x", properties.test_grouped_gemv),
     "turn before its copies": (
-        GEMV, "cp_async_wait<1>()", "cp_async_wait<2>()", properties.test_grouped_gemv),
+        GEMV, "cp_async_wait<2>()", "cp_async_wait<3>()", properties.test_grouped_gemv),
     "results not waited for": (
         GEMV, "__syncthreads();  // the slots' results are there", "",
         properties.test_grouped_gemv),

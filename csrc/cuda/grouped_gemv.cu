@@ -126,23 +126,15 @@ __global__ void __launch_bounds__(kMostGemvThreads, 4)
 
 constexpr int kChunks = kTurn / kVector, kLineBytes = kTurn * 2;
 
-// Of `turns` turns' copies the oldest have landed.
-__device__ __forceinline__ void wait_for_oldest(int turns) {
-  turns == 2   ? ptx::cp_async_wait<1>()
-  : turns == 3 ? ptx::cp_async_wait<2>()
-  : turns == 4 ? ptx::cp_async_wait<3>()
-               : ptx::cp_async_wait<5>();
-}
-
 // The same in the order of grouped_gemm and combine, for the bits of any number of tokens.
 //
 // Schedule: a warp takes 8 lines of weights of one slot. It copies them and the slot's row of `a`,
 // kTurn of k at a time, into a ring of its own with cp.async, and multiplies by mma.sync, whose 16
 // rows are all the slot's. A first product's block takes several groups of columns, a second's one
 // of all of a token's slots, whose results meet in shared memory and are added as by combine; no
-// warp waits for another but there. Where it can be the rings take less than half of a
-// multiprocessor's shared memory: so the next block's weights are under way while this one ends,
-// the second product's beside the first's. In flight: up to 96 KB of them a block.
+// warp waits for another but there. As a multiprocessor gets no more blocks of a kernel than its
+// share, the next kernel's come in one by one where a block ends, and have their weights under way
+// before the others end. In flight: 6 KB a warp.
 template <typename T, bool kGated>
 __global__ void __launch_bounds__(32 * kMostSlotsInOrder, 2)
     grouped_gemv_in_order_kernel(const GroupedGemm p, const Divisor groups, int turns) {
@@ -203,7 +195,7 @@ __global__ void __launch_bounds__(32 * kMostSlotsInOrder, 2)
   for (int first = 0; first < vectors; first += kChunks) {
     const uint32_t from = ring + turn * kTurnBytes;
     uint32_t rows[4], lines[4];
-    wait_for_oldest(turns);
+    turns == 3 ? ptx::cp_async_wait<2>() : ptx::cp_async_wait<1>();
     __syncwarp();  // The turn has landed for all.
 #pragma unroll
     for (int k16 = 0; k16 < kTurn / 16; ++k16) {

@@ -8,6 +8,7 @@
 // tile.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -256,26 +257,29 @@ inline constexpr int kLines = 8, kTurn = 128, kTurnBytes = (kLines + 1) * kTurn 
 
 struct InOrderTile {
   int64_t blocks;
-  int warps, turns;  // of a block; in flight, of a warp: 2, 3, 4 or 6
+  int warps, turns;  // of a block; in flight, of a warp: 2 or 3
   size_t bytes;
 };
 
-// For so many groups of columns, each with a warp for each of its slots: several where it is a
-// token's. Of one slot a block takes as many groups as leave each multiprocessor whole blocks, with
-// as many turns as fit half of its memory, two at least; of several it takes one, with fewer turns
-// where a multiprocessor has many warps: what they take from memory ahead of their time the product
-// before waits for. (By measurement: NOTES.md.)
+// For so many groups of columns, each with a warp for each of its slots: one group a block, or, of
+// one slot each, two, and where a multiprocessor gets more than a block could have as many as leave
+// it whole blocks. A block asks for as much memory as its share of a multiprocessor, though its
+// turns take less. Else some multiprocessors would get more blocks of a kernel than others, and
+// memory would wait for these in the end. (By measurement: NOTES.md.)
 inline InOrderTile choose_in_order_tile(int64_t groups, int64_t slots, const DeviceInfo& device) {
-  const int64_t of_sm = ceil_div(groups, device.sm_count), of_sm_warps = of_sm * slots;
-  const int64_t at_once = slots > 1 ? 1 : ceil_div(of_sm, ceil_div(of_sm, kMostSlotsInOrder));
-  const int64_t warps = at_once * slots, results = warps * kLines * 4;
-  const int64_t half = static_cast<int64_t>(device.smem_per_block - 1024) / 2;
-  const int64_t fit = (half - results) / (warps * kTurnBytes);
-  const int64_t wanted = slots == 1 || of_sm_warps < 10 ? 6 : of_sm_warps < 15 ? 4 : 2;
-  const int64_t most = fit < wanted ? fit : wanted;
-  const int turns = most < 3 ? 2 : most < 4 ? 3 : most < 6 ? 4 : 6;
-  return {ceil_div(groups, at_once), static_cast<int>(warps), turns,
-          static_cast<size_t>(warps * turns * kTurnBytes + results)};
+  const int64_t of_sm = ceil_div(groups, device.sm_count), most = kMostSlotsInOrder;
+  const int64_t at_once = slots > 1       ? 1
+                          : of_sm <= most ? 2
+                                          : ceil_div(of_sm, ceil_div(of_sm, most));
+  const int64_t warps = at_once * slots, blocks = ceil_div(groups, at_once);
+  const auto wanted = [&](int turns) { return warps * (turns * kTurnBytes + kLines * 4); };
+  const auto share = [&](int64_t blocks_of_sm) {
+    const int64_t bytes = static_cast<int64_t>(device.smem_per_sm) / blocks_of_sm - 1024;
+    return std::min(bytes, static_cast<int64_t>(device.smem_per_block));
+  };
+  const int turns = wanted(3) <= share(2) ? 3 : 2;
+  const int64_t bytes = std::max(wanted(turns), share(ceil_div(blocks, device.sm_count)));
+  return {blocks, static_cast<int>(warps), turns, static_cast<size_t>(bytes)};
 }
 
 // The place in kShapes. Every GPU from SM80 on has the 99 KB that some shape of each height needs.
