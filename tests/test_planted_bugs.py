@@ -96,11 +96,12 @@ PLANTED = {
     "result read before all is there": (
         MMA, "__syncthreads();  // The result is there.", "", properties.test_grouped_gemm),
     "elements that lie apart copied as neighbours": (
-        MMA, "count >= kPer16 : neighbours_", "count >= kPer16 : count >= kPer16",
-        gates_across_vectors, ANY),
+        MMA, "neighbours_ & ", "", gates_across_vectors, ANY),
     "16 bytes copied from anywhere": (
-        MMA, "reinterpret_cast<uintptr_t>(from) % 16 == 0", "true",
+        MMA, "(reinterpret_cast<uintptr_t>(line) % 16 == 0)", "true",
         properties.test_grouped_gemm),
+    "16 bytes copied from anywhere, with k as the slow axis": (
+        MMA, " && k_stride * sizeof(T) % 16 == 0", "", properties.test_grouped_gemm),
     "slot before its copies": (
         COPIER, "cp_async_wait<Shape::kAhead - 1>", "cp_async_wait<Shape::kAhead + 1>",
         whole_vectors),

@@ -236,7 +236,7 @@ template <typename T>
 void launch_in_order(const GroupedGemm& p, cudaStream_t stream) {
   const bool gated = is_gated(p.activation.kind);
   const int64_t slots = p.is_second ? p.topk : 1, groups = p.n / (gated ? kLines / 2 : kLines);
-  const InOrderTile tile = choose_in_order_tile(p.rows / slots * groups, slots, device_info());
+  const InOrderTile tile = choose_in_order_tile(p.rows / slots * groups, slots, p.k, device_info());
   launch<Start::kEarly>(
       gated ? grouped_gemv_in_order_kernel<T, true> : grouped_gemv_in_order_kernel<T, false>,
       tile.blocks, 32 * tile.warps, tile.bytes, stream, p, Divisor(groups), tile.turns);

@@ -263,10 +263,12 @@ struct InOrderTile {
 
 // For so many groups of columns, each with a warp for each of its slots: one group a block, or, of
 // one slot each, two, and where a multiprocessor gets more than a block could have as many as leave
-// it whole blocks. A block asks for as much memory as its share of a multiprocessor, though its
-// turns take less. Else some multiprocessors would get more blocks of a kernel than others, and
-// memory would wait for these in the end. (By measurement: NOTES.md.)
-inline InOrderTile choose_in_order_tile(int64_t groups, int64_t slots, const DeviceInfo& device) {
+// it whole blocks. In flight are at most half of a warp's turns: what a second product takes from
+// memory ahead of its time the first waits for. A block asks for as much memory as its share of a
+// multiprocessor, though its turns take less. Else some multiprocessors would get more blocks of a
+// kernel than others, and memory would wait for these in the end. (By measurement: NOTES.md.)
+inline InOrderTile choose_in_order_tile(int64_t groups, int64_t slots, int64_t k,
+                                        const DeviceInfo& device) {
   const int64_t of_sm = ceil_div(groups, device.sm_count), most = kMostSlotsInOrder;
   const int64_t at_once = slots > 1       ? 1
                           : of_sm <= most ? 2
@@ -277,7 +279,7 @@ inline InOrderTile choose_in_order_tile(int64_t groups, int64_t slots, const Dev
     const int64_t bytes = static_cast<int64_t>(device.smem_per_sm) / blocks_of_sm - 1024;
     return std::min(bytes, static_cast<int64_t>(device.smem_per_block));
   };
-  const int turns = wanted(3) <= share(2) ? 3 : 2;
+  const int turns = wanted(3) <= share(2) && k >= 2 * 3 * kTurn ? 3 : 2;
   const int64_t bytes = std::max(wanted(turns), share(ceil_div(blocks, device.sm_count)));
   return {blocks, static_cast<int>(warps), turns, static_cast<size_t>(bytes)};
 }
