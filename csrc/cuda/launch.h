@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
 
 #include "cuda_check.h"
 #include "device.h"
@@ -18,11 +19,16 @@ namespace simple_moe {
 enum class Start { kAfterOthers, kEarly };
 
 // Shared memory past 48 KB has to be asked for once per kernel and device; asking again is cheap.
+// What was asked for last counts, so no other thread may ask for less before the launch.
+inline std::mutex asking_for_smem;
+
 template <Start kStart = Start::kAfterOthers, typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem_bytes,
             cudaStream_t stream, Args... args) {
   if (grid == 0) return;
+  std::unique_lock asking(asking_for_smem, std::defer_lock);
   if (smem_bytes > 48 * 1024) {
+    asking.lock();
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(smem_bytes)),
                "cudaFuncSetAttribute");
