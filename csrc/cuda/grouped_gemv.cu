@@ -3,7 +3,7 @@
 //
 // Schedule: a block takes 4 or 8 output columns (gated: 4 gates and their ups) of one slot, or of a
 // token whose slots are added up. Its threads share out the vectors of 16 bytes that make up the
-// dot products. A thread loads kLoads of the weights straight into registers, which are read once,
+// dot products. A thread loads kLoads of the weights, which are read once, straight into registers,
 // then those of `a`, which lie in L1, and adds the products in float32; there is no ring, nor a
 // barrier in that loop, the other blocks of the multiprocessor load meanwhile. Where only `a` is
 // new, the first weights are under way before the kernel that writes it ends. At last the threads'
@@ -130,11 +130,11 @@ constexpr int kChunks = kTurn / kVector, kLineBytes = kTurn * 2;
 //
 // Schedule: a warp takes 8 lines of weights of one slot. It copies them and the slot's row of `a`,
 // kTurn of k at a time, into a ring of its own with cp.async, and multiplies by mma.sync, whose 16
-// rows are all the slot's. A first product's block takes several groups of columns, a second's one
-// of all of a token's slots, whose results meet in shared memory and are added as by combine; no
-// warp waits for another but there. As a multiprocessor gets no more blocks of a kernel than its
-// share, the next kernel's come in one by one where a block ends, and have their weights under way
-// before the others end. In flight: 6 KB a warp.
+// rows are all the slot's. A second product's block has a warp for each of a token's slots, whose
+// results meet in shared memory and are added as by combine; no warp waits for another but there.
+// Where a multiprocessor holds its share of a kernel's blocks at once it gets no more, and the next
+// kernel's come in one by one as those end, and have their weights under way before the last does.
+// In flight: `turns`, 2 or 3, of kTurnBytes a warp.
 template <typename T, bool kGated>
 __global__ void __launch_bounds__(32 * kMostSlotsInOrder, 2)
     grouped_gemv_in_order_kernel(const GroupedGemm p, const Divisor groups, int turns) {
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(32 * kMostSlotsInOrder, 2)
 
   for (int i = 0; i < 2 && p.bias.data; ++i) sums[i] += float_of(p.bias.dtype, bias[i]);
   float gate[1] = {sums[0]}, up[1] = {sums[1]};
-  if (held && kGated)
+  if (held && kGated)  // Another's expert has no scalars here.
     activate_gated<1>(p.activation.kind, scalars_of(p.activation, expert), gate, up);
   if (!kGated) activate<1>(p.activation.kind, gate), activate<1>(p.activation.kind, up);
   const float by = p.row_weights.data ? float_of(p.row_weights.dtype, weight) : 1.0f;

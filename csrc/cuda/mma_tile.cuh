@@ -26,7 +26,7 @@ class Operand {
  public:
   static constexpr int kBytes = kLines * kDepth * sizeof(T);
 
-  // line(i): where line i has its k = 0; null where there is none, nor one after it in its vector.
+  // line(i): where line i has its k = 0; null past the last line, and for all after that one.
   // Its k lie next to one another or, where !kAlongK, `k_stride` apart; the lines of a vector then
   // lie as far from one another as its first two.
   template <typename Line>
@@ -98,8 +98,8 @@ class Operand {
   const T* lines_[kOwnLines];  // one a pass, or the first of its vectors
   int64_t k_, k_stride_;
   int64_t stride_ = 1;  // between a vector's elements
-  int count_ = 0;       // of its vectors' lines
-  bool neighbours_;     // whether these are all there, side by side, whole vectors from k to k
+  int count_ = 0;       // lines that its vectors have
+  bool neighbours_;     // whether all are there, side by side, and aligned for every k if for one
 };
 
 // How a tile is shared out: kRows x kCols of output, warps in a grid of kWarpRows x kWarpCols.

@@ -261,23 +261,24 @@ struct InOrderTile {
   size_t bytes;
 };
 
-// For so many groups of columns, each with a warp for each of its slots: one group a block, or, of
-// one slot each, two, and where a multiprocessor gets more than a block could have as many as leave
-// it whole blocks. In flight are at most half of a warp's turns: what a second product takes from
-// memory ahead of its time the first waits for. A block asks for as much memory as its share of a
-// multiprocessor, though its turns take less. Else some multiprocessors would get more blocks of a
-// kernel than others, and memory would wait for these in the end. (By measurement: NOTES.md.)
+// For so many groups of columns, each with a warp for each of its slots. A block has one group; or,
+// of one slot each, two, and where those of a multiprocessor don't fit one block, an equal part of
+// them. At most half of a warp's turns are in flight, for weights that the second product asks for
+// early delay the first's. A block asks for as much memory as its share of a multiprocessor, if its
+// turns take less. Else some multiprocessors would get more blocks of a kernel than others, and
+// memory would wait for these in the end. (By measurement: NOTES.md.)
 inline InOrderTile choose_in_order_tile(int64_t groups, int64_t slots, int64_t k,
                                         const DeviceInfo& device) {
   const int64_t of_sm = ceil_div(groups, device.sm_count), most = kMostSlotsInOrder;
-  const int64_t at_once = slots > 1       ? 1
-                          : of_sm <= most ? 2
-                                          : ceil_div(of_sm, ceil_div(of_sm, most));
+  const int64_t at_once = slots > 1      ? 1
+                          : of_sm > most ? ceil_div(of_sm, ceil_div(of_sm, most))
+                                         : std::min<int64_t>(of_sm, 2);
   const int64_t warps = at_once * slots, blocks = ceil_div(groups, at_once);
   const auto wanted = [&](int turns) { return warps * (turns * kTurnBytes + kLines * 4); };
+  // It is given out 128 bytes at a time, 1 KB of each block's being CUDA's own.
   const auto share = [&](int64_t blocks_of_sm) {
-    const int64_t bytes = static_cast<int64_t>(device.smem_per_sm) / blocks_of_sm - 1024;
-    return std::min(bytes, static_cast<int64_t>(device.smem_per_block));
+    const int64_t bytes = static_cast<int64_t>(device.smem_per_sm) / blocks_of_sm / 128 * 128;
+    return std::min(bytes - 1024, static_cast<int64_t>(device.smem_per_block));
   };
   const int turns = wanted(3) <= share(2) && k >= 2 * 3 * kTurn ? 3 : 2;
   const int64_t bytes = std::max(wanted(turns), share(ceil_div(blocks, device.sm_count)));
