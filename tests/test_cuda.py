@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,20 @@ def test_batch_invariant_by_slots(cuda, case):
         part = {k: arguments[k][-tokens:] for k in ("x", "topk_weights", "topk_ids")}
         out = moe_ops.fused_moe(**arguments | part, batch_invariant=True)
         assert_same_bits(out, whole[-tokens:])
+
+
+def test_layers_of_two_sizes_in_two_threads(cuda):
+    """Both launch the same kernels at once, and ask for different sizes of shared memory."""
+    small = MoeCase(tokens=1, dtype=torch.bfloat16)
+
+    def run(case):
+        arguments = case.arguments(cuda)
+        expected = moe_ops.fused_moe(**arguments, batch_invariant=True)
+        for _ in range(300):
+            assert_same_bits(moe_ops.fused_moe(**arguments, batch_invariant=True), expected)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, [small, small.but(hidden=512, intermediate=1024)]))
 
 
 @pytest.fixture(scope="module")

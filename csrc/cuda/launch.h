@@ -6,7 +6,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <mutex>
 
 #include "cuda_check.h"
 #include "device.h"
@@ -14,23 +13,19 @@
 namespace simple_moe {
 
 // When a kernel may start: after those before it in the stream, or as early as they let it, where
-// the GPU and the build can. An early one calls ptx::wait_for_earlier_kernels() before it touches
-// what they write or read.
+// the GPU and the build can. An early one calls ptx::wait_for_earlier_kernels() before it reads
+// what they write, or writes what they read or write.
 enum class Start { kAfterOthers, kEarly };
 
 // Shared memory past 48 KB has to be asked for once per kernel and device; asking again is cheap.
-// What was asked for last counts, so no other thread may ask for less before the launch.
-inline std::mutex asking_for_smem;
-
+// What was asked for last counts, for other threads' launches too: so it is always the most.
 template <Start kStart = Start::kAfterOthers, typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), int64_t grid, int block, size_t smem_bytes,
             cudaStream_t stream, Args... args) {
   if (grid == 0) return;
-  std::unique_lock asking(asking_for_smem, std::defer_lock);
   if (smem_bytes > 48 * 1024) {
-    asking.lock();
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(smem_bytes)),
+                                    static_cast<int>(device_info().smem_per_block)),
                "cudaFuncSetAttribute");
   }
   cudaLaunchAttribute early{};
