@@ -229,18 +229,34 @@ def test_batch_invariant_by_slots(cuda, case):
         assert_same_bits(out, whole[-tokens:])
 
 
-def test_layers_of_two_sizes_in_two_threads(cuda):
-    """Both launch the same kernels at once, and ask for different sizes of shared memory."""
+def layers_of_two_sizes(cuda) -> list[dict]:
+    """Arguments for the same kernels with different sizes of shared memory."""
     small = MoeCase(tokens=1, dtype=torch.bfloat16)
+    return [c.arguments(cuda) for c in (small, small.but(hidden=512, intermediate=1024))]
 
-    def run(case):
-        arguments = case.arguments(cuda)
+
+def test_two_sizes_in_two_threads(cuda):
+    def run(arguments):
         expected = moe_ops.fused_moe(**arguments, batch_invariant=True)
         for _ in range(300):
             assert_same_bits(moe_ops.fused_moe(**arguments, batch_invariant=True), expected)
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, [small, small.but(hidden=512, intermediate=1024)]))
+        list(pool.map(run, layers_of_two_sizes(cuda)))
+
+
+def test_two_sizes_in_a_graph(cuda):
+    layers = layers_of_two_sizes(cuda)
+    expected = [moe_ops.fused_moe(**layer, batch_invariant=True) for layer in layers]
+    for order in ([0, 1], [1, 0]):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = [moe_ops.fused_moe(**layers[i], batch_invariant=True) for i in order]
+        for out in got:
+            out.fill_(torch.nan)
+        graph.replay()
+        for i, out in zip(order, got, strict=True):
+            assert_same_bits(out, expected[i])
 
 
 @pytest.fixture(scope="module")
