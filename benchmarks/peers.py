@@ -5,6 +5,7 @@ Every peer takes (x, w1, w2, topk_weights, topk_ids) as moe_ops.fused_moe does.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -105,11 +106,13 @@ PACKAGES = ("vllm", "flashinfer", "sonicmoe")
 
 
 def open_peers(names: list[str]) -> tuple[list[Contender], list[str]]:
-    """The peers that can be had, and a line for each package about one that is not timed."""
+    """The peers that can be had, and a line for each package: its version, or why not timed."""
     contenders, notes = [], []
     for name in names:
         try:
             contenders.append(PEERS[name]())
+            if name in PACKAGES:
+                notes.append(f"{name}: version {version_of(name)}")
         except Exception as error:  # noqa: BLE001 (whatever it is, the others count)
             notes.append(f"{name}: not timed, its import failed ({reason(error)})")
     for name in PACKAGES:
@@ -118,6 +121,11 @@ def open_peers(names: list[str]) -> tuple[list[Contender], list[str]]:
             state = f"installed; --peers {name} times it" if there else "not installed"
             notes.append(f"{name}: not timed, {state}")
     return contenders, notes
+
+
+def version_of(package: str) -> str:
+    distributions = importlib.metadata.packages_distributions().get(package, [])
+    return importlib.metadata.version(distributions[0]) if distributions else "unknown"
 
 
 def reason(error: BaseException) -> str:
