@@ -111,10 +111,11 @@ def open_peers(names: list[str]) -> tuple[list[Contender], list[str]]:
     for name in names:
         try:
             contenders.append(PEERS[name]())
-            if name in PACKAGES:
-                notes.append(f"{name}: version {version_of(name)}")
         except Exception as error:  # noqa: BLE001 (whatever it is, the others count)
             notes.append(f"{name}: not timed, its import failed ({reason(error)})")
+        else:
+            if name in PACKAGES:
+                notes.append(f"{name}: version {version_of(name)}")
     for name in PACKAGES:
         if name not in names:
             there = importlib.util.find_spec(name) is not None
